@@ -1,0 +1,47 @@
+# The project's commands; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help environment lint test test-quick test-e2e dev format requirements
+
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+# Tools that talk to nobody: what they need is in .venv.
+export ANSIBLE_HOME := $(CURDIR)/.ansible
+SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment docker/entrypoint .ci/run
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+environment: ## Install what the tests need (.venv, nats-server)
+	@tools/test-environment
+
+lint: environment ## Check style, types and playbooks; changes nothing
+	ruff check .
+	ruff format --check .
+	cd app && mypy claude_jobs tests
+	MYPYPATH=app mypy --config-file app/pyproject.toml tests bench
+	mypy --config-file app/pyproject.toml roles/*/library/*.py roles/*/filter_plugins/*.py
+	yamllint --strict .
+	ansible-lint --offline
+	shellcheck --external-sources $(SHELL_SCRIPTS)
+	@if command -v hadolint >/dev/null; then echo hadolint Dockerfile; hadolint Dockerfile; fi
+
+test-quick: lint ## Everything that needs no Docker: lint, units, real processes (4 minutes)
+	cd app && python -m pytest
+	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py
+
+test-e2e: environment ## A deployment on this machine, under its own name and port
+	python -m pytest tests/e2e
+
+test: test-quick test-e2e ## Everything (under 20 minutes on two cores)
+
+dev: environment ## Run a pool without Docker: http://localhost:3000
+	PYTHONPATH=app python -m claude_jobs.development $(ARGS)
+
+format: environment ## Put the code into the project's form
+	ruff check --fix .
+	ruff format .
+
+requirements: environment ## Lock the application's dependencies anew
+	python -m pip install --quiet uv==0.13.9
+	uv pip compile --universal --python-version 3.11 --no-header --no-emit-index-url \
+		--no-emit-find-links --upgrade app/pyproject.toml --output-file requirements.txt

@@ -1,0 +1,1 @@
+"""A pool of ephemeral Claude Code agents behind one HTTP address."""

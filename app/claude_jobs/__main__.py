@@ -1,0 +1,89 @@
+"""Starts one process of the pool: `python -m claude_jobs gateway|replica|broker|model-stub`."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from claude_jobs import settings as configuration
+from claude_jobs.log import configure_logging
+from claude_jobs.settings import (
+    BrokerSettings,
+    GatewaySettings,
+    ModelStubSettings,
+    ProcessSettings,
+    ReplicaSettings,
+    SettingsError,
+)
+
+# The exit code of a process that cannot start as it was set up (sysexits.h: EX_CONFIG).
+_EX_CONFIG = 78
+
+PROCESSES: dict[str, type[ProcessSettings]] = {
+    "gateway": GatewaySettings,
+    "replica": ReplicaSettings,
+    "broker": BrokerSettings,
+    "model-stub": ModelStubSettings,
+}
+
+
+def start(settings: ProcessSettings) -> None:
+    """Be the process that these settings belong to. Each loads only its own modules."""
+    match settings:
+        case GatewaySettings():
+            from aiohttp import web
+
+            from claude_jobs.gateway.app import create_app
+
+            # Clients of a gateway that stops come back to another with their last event's id.
+            web.run_app(
+                create_app(settings),
+                port=settings.port,
+                access_log=None,
+                print=None,
+                # A stream whose reader has gone ends at once.
+                handler_cancellation=True,
+                shutdown_timeout=1,
+            )
+        case ReplicaSettings():
+            from claude_jobs.replica.supervisor import Supervisor
+
+            asyncio.run(Supervisor(settings).run())
+            # The slot's next replica can only start once this process is gone, and taking a
+            # Python with all its modules apart takes 60 to 140 ms.
+            logging.shutdown()
+            os._exit(0)
+        case BrokerSettings():
+            from claude_jobs import broker
+
+            broker.run(settings)
+        case ModelStubSettings():
+            from claude_jobs.model_stub.server import run
+
+            run(settings.port)
+
+
+def main() -> int:
+    """Read the settings of the process that was asked for, then be that process."""
+    parser = argparse.ArgumentParser(prog="claude_jobs", description=__doc__)
+    parser.add_argument("process", choices=PROCESSES)
+    process = parser.parse_args().process
+    # What agents and gateway write in the workspace, both may change.
+    os.umask(0o002)
+    try:
+        settings = configuration.load(
+            PROCESSES[process],
+            secrets_dir=Path(os.environ.get("SECRETS_DIR", configuration.DEFAULT_SECRETS_DIR)),
+        )
+    except SettingsError as error:
+        sys.stderr.write(f"{process} cannot start: {error}\n")
+        return _EX_CONFIG
+    configure_logging(settings.log_level, process=process)
+    start(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One run of Claude Code: its user, its environment, its lines, its outcome."""

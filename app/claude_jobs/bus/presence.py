@@ -1,0 +1,47 @@
+"""Presence: each replica says regularly that it is there; who falls silent is gone."""
+
+from nats.js.errors import NoKeysError
+from nats.js.kv import KeyValue
+
+from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.topology import PRESENCE_BUCKET
+from claude_jobs.contract.status import Replica
+
+# Seconds between two announcements; the bucket forgets a key after `Bounds.presence`.
+ANNOUNCE_EVERY = 5.0
+
+
+class Presence:
+    """The bucket of replicas that are alive. A key lives for `Bounds.presence` without news."""
+
+    def __init__(self, bucket: KeyValue) -> None:
+        self._bucket = bucket
+
+    @classmethod
+    async def open(cls, bus: Bus) -> "Presence":
+        """Open the bucket; raises `nats.js.errors.NotFoundError` until a gateway made it."""
+        return cls(await bus.jetstream.key_value(PRESENCE_BUCKET))
+
+    async def announce(self, replica: Replica) -> None:
+        """Say what the replica does now."""
+        await self._bucket.put(replica.replica, replica.to_json())
+
+    async def withdraw(self, replica: str) -> None:
+        """Say good-bye."""
+        await self._bucket.delete(replica)
+
+    async def list(self) -> list[Replica]:
+        """Return the replicas that are alive, by node and name."""
+        replicas: list[Replica] = []
+        watcher = await self._bucket.watchall(ignore_deletes=True)
+        try:
+            async for entry in watcher:
+                # None marks the end of what the bucket holds; news would follow.
+                if entry is None:
+                    break
+                replicas.append(Replica.model_validate_json(entry.value or b""))
+        except NoKeysError:
+            pass
+        finally:
+            await watcher.stop()  # type: ignore[no-untyped-call] # nats-py
+        return sorted(replicas, key=lambda replica: (replica.node, replica.replica))

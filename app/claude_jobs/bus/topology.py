@@ -1,0 +1,135 @@
+"""The broker's streams and buckets: their names, their bounds, and how they come to be.
+
+The gateway creates them when it starts; a replica only uses them.
+"""
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DiscardPolicy,
+    KeyValueConfig,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from nats.js.errors import NotFoundError
+
+from claude_jobs.bus.connection import Bus
+
+log = logging.getLogger(__name__)
+
+JOBS_STREAM = "JOBS"
+JOBS_SUBJECT = "jobs.queue"
+JOBS_CONSUMER = "replicas"
+EVENTS_STREAM = "EVENTS"
+EVENTS_SUBJECTS = "events.*"
+RECORDS_BUCKET = "job_records"
+PRESENCE_BUCKET = "replicas"
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much the broker keeps, and for how long.
+
+    `queue_limit` counts the jobs that are accepted and not yet ended. A replica that has not
+    been heard of for `lease` has lost its job; one that was not heard of for `presence` is gone.
+    """
+
+    queue_limit: int = 1000
+    lease: timedelta = timedelta(seconds=30)
+    presence: timedelta = timedelta(seconds=15)
+    event_age: timedelta = timedelta(days=7)
+    event_bytes: int = 4 * GIB
+    copies: int = 1
+
+
+def events_subject(job_id: str) -> str:
+    """Return the subject that carries the events of one job."""
+    return f"events.{job_id}"
+
+
+async def ensure_topology(bus: Bus, bounds: Bounds) -> None:
+    """Create what is missing and bring what exists in line with `bounds`."""
+    await _ensure_stream(
+        bus,
+        StreamConfig(
+            name=JOBS_STREAM,
+            subjects=[JOBS_SUBJECT],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            # A full queue refuses: nothing that was accepted is ever pushed out.
+            discard=DiscardPolicy.NEW,
+            max_msgs=bounds.queue_limit,
+            max_bytes=GIB,
+            duplicate_window=120,
+            num_replicas=bounds.copies,
+        ),
+    )
+    await bus.jetstream.add_consumer(
+        JOBS_STREAM,
+        ConsumerConfig(
+            durable_name=JOBS_CONSUMER,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=bounds.lease.total_seconds(),
+            max_deliver=-1,
+            max_ack_pending=10_000,
+            max_waiting=10_000,
+        ),
+    )
+    await _ensure_stream(
+        bus,
+        StreamConfig(
+            name=EVENTS_STREAM,
+            subjects=[EVENTS_SUBJECTS],
+            retention=RetentionPolicy.LIMITS,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_age=bounds.event_age.total_seconds(),
+            max_bytes=bounds.event_bytes,
+            duplicate_window=120,
+            num_replicas=bounds.copies,
+        ),
+    )
+    await _ensure_bucket(
+        bus,
+        KeyValueConfig(
+            bucket=RECORDS_BUCKET,
+            history=1,
+            ttl=bounds.event_age.total_seconds(),
+            storage=StorageType.FILE,
+            replicas=bounds.copies,
+        ),
+    )
+    await _ensure_bucket(
+        bus,
+        KeyValueConfig(
+            bucket=PRESENCE_BUCKET,
+            history=1,
+            ttl=bounds.presence.total_seconds(),
+            # Not in memory: a broker that was restarted would not know the bucket any more.
+            storage=StorageType.FILE,
+            replicas=bounds.copies,
+        ),
+    )
+
+
+async def _ensure_stream(bus: Bus, config: StreamConfig) -> None:
+    try:
+        await bus.jetstream.update_stream(config)
+    except NotFoundError:
+        await bus.jetstream.add_stream(config)
+        log.info("created a stream", extra={"stream": config.name})
+
+
+async def _ensure_bucket(bus: Bus, config: KeyValueConfig) -> None:
+    try:
+        await bus.jetstream.key_value(config.bucket)
+    except NotFoundError:
+        await bus.jetstream.create_key_value(config)
+        log.info("created a bucket", extra={"bucket": config.bucket})

@@ -1,0 +1,1 @@
+"""What crosses the boundaries: jobs, events, errors and status. Imports nothing of ours."""

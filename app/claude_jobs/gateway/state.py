@@ -1,0 +1,49 @@
+"""What a gateway's handlers share. It holds no job: any gateway can answer any request."""
+
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.events import EventLog
+from claude_jobs.bus.presence import Presence
+from claude_jobs.bus.queue import JobQueue
+from claude_jobs.bus.records import JobRecords
+from claude_jobs.contract.error import ErrorCode, RequestRefusedError
+from claude_jobs.settings import GatewaySettings
+
+# Seconds after which a client may try again when the broker is away.
+RETRY_AFTER = 2
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The broker's parts that the handlers use."""
+
+    bus: Bus
+    queue: JobQueue
+    events: EventLog
+    records: JobRecords
+    presence: Presence
+
+
+@dataclass
+class GatewayState:
+    """The settings, and the broker once it has been reached."""
+
+    settings: GatewaySettings
+    backend: Backend | None = None
+    streams: set[web.StreamResponse] = field(default_factory=set)
+
+    def ready_backend(self) -> Backend:
+        """Return the broker's parts; raises `RequestRefusedError` (503) while it is away."""
+        if self.backend is None or not self.backend.bus.is_connected:
+            raise RequestRefusedError(
+                ErrorCode.UNAVAILABLE,
+                "the job broker is out of reach: try again shortly",
+                retry_after=RETRY_AFTER,
+            )
+        return self.backend
+
+
+STATE: web.AppKey[GatewayState] = web.AppKey("state", GatewayState)

@@ -1,0 +1,1 @@
+"""One replica: it takes one job, runs its agent, and goes."""

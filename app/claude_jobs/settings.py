@@ -1,0 +1,142 @@
+"""What a deployment can set: the environment for plain settings, files for secrets.
+
+Each process reads only its own class, so that a process without need of a secret can neither
+read nor ask for it. A secret is a file named after its field in `SECRETS_DIR`.
+"""
+
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import Field, Json, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIN_TOKEN_LENGTH = 16
+DEFAULT_SECRETS_DIR = Path("/run/secrets")
+
+Password = Annotated[SecretStr, Field(min_length=16)]
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the sentence names it and never quotes a value."""
+
+
+class ProcessSettings(BaseSettings):
+    """What every process reads."""
+
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 3000
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    node_env: str = "production"
+
+
+class BusSettings(ProcessSettings):
+    """What every client of the broker reads."""
+
+    broker_url: str = "nats://nats:4222"
+    workspace_dir: Path = Path("/workspace")
+    # A replica that is not heard of for so long has lost its job; the same for every process.
+    lease_seconds: Annotated[float, Field(ge=1)] = 30
+
+
+class GatewaySettings(BusSettings):
+    """The gateway's settings. `api_tokens` is a JSON object that maps names to tokens."""
+
+    broker_gateway_password: Password
+    api_tokens: Json[dict[str, SecretStr]] | None = None
+    allow_anonymous: bool = False
+    demo_mode: bool = False
+    queue_limit: Annotated[int, Field(ge=1)] = 1000
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 2 * 2**20
+    job_timeout_seconds: Annotated[int, Field(ge=1)] = 3600
+    event_age_hours: Annotated[int, Field(ge=1)] = 168
+    event_bytes: Annotated[int, Field(ge=2**20)] = 4 * 2**30
+
+    @model_validator(mode="after")
+    def _someone_may_come_in(self) -> Self:
+        if not self.api_tokens and not self.allow_anonymous:
+            raise ValueError(
+                "the secret api_tokens is missing or empty: give it tokens, "
+                "or set ALLOW_ANONYMOUS=true to let everybody in on purpose"
+            )
+        for name, token in (self.api_tokens or {}).items():
+            if len(token.get_secret_value()) < MIN_TOKEN_LENGTH:
+                raise ValueError(
+                    f"the token {name!r} in api_tokens has fewer than {MIN_TOKEN_LENGTH} characters"
+                )
+        return self
+
+    @property
+    def event_age(self) -> timedelta:
+        """How long events and job records are kept."""
+        return timedelta(hours=self.event_age_hours)
+
+
+class ReplicaSettings(BusSettings):
+    """A replica's settings. Times are in seconds.
+
+    `agent_uid` and `agent_gid` are the agent's user; without them it runs as the supervisor's
+    own (only for development). Credentials come from `CLAUDE_CODE_CREDENTIALS_JSON` or the
+    secret `claude_credentials`.
+    """
+
+    broker_replica_password: Password
+    claude_code_credentials_json: SecretStr | None = None
+    claude_credentials: SecretStr | None = None
+    anthropic_base_url: str = ""
+    node_name: str = Field(default_factory=socket.gethostname)
+    replica_name: str = Field(default_factory=socket.gethostname)
+    agent_uid: int | None = None
+    agent_gid: int | None = None
+    agent_home: Path = Path("/home/agent")
+    claude_path: Path | None = None
+    claude_max_retries: Annotated[int, Field(ge=0)] = 10
+    job_timeout_seconds: Annotated[float, Field(gt=0)] = 3600
+    idle_timeout_seconds: Annotated[float, Field(gt=0)] = 900
+    result_grace_seconds: Annotated[float, Field(gt=0)] = 10
+
+
+class BrokerSettings(ProcessSettings):
+    """The broker's settings: where it keeps its data, and the passwords of its two users."""
+
+    broker_gateway_password: Password
+    broker_replica_password: Password
+    broker_port: int = 4222
+    broker_monitor_port: int = 8222
+    broker_data_dir: Path = Path("/data")
+    broker_config_dir: Path = Path("/run/broker")
+    broker_max_file_bytes: Annotated[int, Field(ge=2**26)] = 8 * 2**30
+
+
+class ModelStubSettings(ProcessSettings):
+    """The model stub's settings."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 8080
+
+
+_Settings = TypeVar("_Settings", bound=ProcessSettings)
+
+
+def load(kind: type[_Settings], *, secrets_dir: Path = DEFAULT_SECRETS_DIR) -> _Settings:
+    """Read the settings of one kind of process.
+
+    Raises `SettingsError` with a sentence a setting. An empty variable counts as not set, as a
+    stack file cannot leave one out.
+    """
+    try:
+        return kind(
+            _env_ignore_empty=True,
+            _secrets_dir=secrets_dir if secrets_dir.is_dir() else None,
+        )
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentences(error))) from None
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    return [
+        f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: "
+        f"{item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors(include_input=False, include_context=False)
+    ]

@@ -1,0 +1,34 @@
+"""Fixtures that several kinds of tests share."""
+
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from nats_server import NatsServer
+from pool_client import RunningPool, running_pool
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Lines that a real Claude Code printed (2.1.330)."""
+    return Path(__file__).parent / "samples"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def nats_server() -> AsyncIterator[NatsServer]:
+    """A broker for the tests of one module; each makes its streams anew."""
+    server = NatsServer(Path(tempfile.mkdtemp(prefix="nats-")))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def pool() -> AsyncIterator[RunningPool]:
+    """Three replicas with the model stub, for every test that leaves them as they were."""
+    async with running_pool(replicas=3, settings={"CLAUDE_MAX_RETRIES": "1"}) as running:
+        yield running

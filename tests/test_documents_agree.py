@@ -1,0 +1,116 @@
+"""README, stack file, roles and code say the same."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from claude_jobs.contract.event import Event, FailureCode
+from claude_jobs.contract.job import JobRequest
+from claude_jobs.settings import GatewaySettings, ReplicaSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLES = sorted(path.parent.name for path in (ROOT / "roles").glob("*/defaults"))
+README = (ROOT / "README.md").read_text()
+
+# Rendered by the role from facts or from the inventory: their default is no plain word.
+COMPUTED = {
+    "app_stack_image",
+    "app_stack_workspace",
+    "app_stack_publish_mode",
+    "app_stack_gateway_endpoint_mode",
+}
+
+
+@cache
+def stack_variables() -> dict[str, str]:
+    """Every `${NAME:-default}` of the stack files."""
+    found: dict[str, str] = {}
+    for name in ("swarm.yml", "swarm.demo.yml"):
+        for variable, default in re.findall(r"\$\{(\w+):-([^}]*)\}", (ROOT / name).read_text()):
+            assert found.setdefault(variable, default) == default, f"{variable} has two defaults"
+    return found
+
+
+def role_file(role: str, name: str) -> Any:
+    return yaml.safe_load((ROOT / "roles" / role / name).read_text())
+
+
+def readme_settings() -> list[tuple[str, str, str]]:
+    """Rows of the README's tables: the role's variable, the stack file's, the default."""
+    rows = re.findall(
+        r"^\| (?:`(app_stack_\w+)`)? ?\| (?:`([A-Z_]+)`)? ?\| (?:`([^`]+)`)? ?\|", README, re.M
+    )
+    assert len(rows) > 20
+    return rows
+
+
+@pytest.mark.parametrize(("variable", "name", "default"), readme_settings())
+def test_a_setting_in_the_readme_is_the_one_of_the_role_and_of_the_stack_file(
+    variable: str, name: str, default: str
+) -> None:
+    if name:
+        assert stack_variables()[name] == default
+    if variable:
+        assert variable in role_file("app_stack", "defaults/main.yml")
+    if variable and variable not in COMPUTED:
+        value = role_file("app_stack", "defaults/main.yml")[variable]
+        assert (str(value).lower() if isinstance(value, bool) else str(value)) == default
+
+
+def test_the_role_passes_on_only_what_the_stack_file_knows() -> None:
+    passed = role_file("app_stack", "vars/main.yml")["__app_stack_environment"]
+    assert set(passed) <= set(stack_variables())
+
+
+def test_the_stack_file_says_the_defaults_of_the_application() -> None:
+    fields = {**GatewaySettings.model_fields, **ReplicaSettings.model_fields}
+    for name in ("QUEUE_LIMIT", "JOB_TIMEOUT_SECONDS", "IDLE_TIMEOUT_SECONDS", "LOG_LEVEL"):
+        assert stack_variables()[name] == str(fields[name.lower()].default)
+
+
+def test_the_stop_grace_is_longer_than_the_longest_job() -> None:
+    minutes = re.fullmatch(r"(\d+)m", stack_variables()["STOP_GRACE_PERIOD"])
+    assert minutes is not None
+    assert int(minutes[1]) * 60 > int(stack_variables()["JOB_TIMEOUT_SECONDS"])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_roles_defaults_argument_specs_and_readme_name_the_same_variables(role: str) -> None:
+    defaults = role_file(role, "defaults/main.yml") or {}
+    options = role_file(role, "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    assert set(defaults) == set(options)
+    assert all(name.startswith(f"{role}_") for name in defaults)
+    readme = (ROOT / "roles" / role / "README.md").read_text()
+    in_table = set(re.findall(rf"^\| `({role}_\w+)`", readme, re.M))
+    assert set(defaults) == in_table
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_roles_argument_specs_repeat_its_plain_defaults(role: str) -> None:
+    defaults = role_file(role, "defaults/main.yml") or {}
+    options = role_file(role, "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    for name, option in options.items():
+        if "default" in option and "{{" not in str(defaults[name]):
+            assert option["default"] == defaults[name], name
+
+
+def test_the_readme_lists_every_field_of_a_request() -> None:
+    fields = {field.alias for field in JobRequest.model_fields.values()}
+    table = README.split("The request's fields", 1)[1].split("\n\n", 2)[1]
+    listed = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert listed == fields
+
+
+def test_the_readme_lists_every_event_and_every_reason_of_an_error() -> None:
+    for kind in get_args(Event):
+        assert f"| `{kind.model_fields['type'].default}` |" in README
+    later = {FailureCode.CANCELLED}  # comes with the cancel request
+    words = " ".join(README.split())
+    for code in set(FailureCode) - later:
+        assert f"`{code}` (" in words, code
