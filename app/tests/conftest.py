@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from bus_ends import SHORT_LEASE, Ends
 from nats_server import NatsServer
 from pool_client import RunningPool, running_pool
+
+from claude_jobs.bus.topology import Bounds
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,17 @@ async def pool() -> AsyncIterator[RunningPool]:
     """Three replicas with the model stub, for every test that leaves them as they were."""
     async with running_pool(replicas=3, settings={"CLAUDE_MAX_RETRIES": "1"}) as running:
         yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def ends(nats_server: NatsServer) -> AsyncIterator[Ends]:
+    """A gateway's and a replica's end of an empty bus."""
+    async with nats_server.both_ends(Bounds()) as (gateway, replica):
+        yield Ends(gateway, replica)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def short_lease(nats_server: NatsServer) -> AsyncIterator[Ends]:
+    """Both ends of an empty bus whose leases end early."""
+    async with nats_server.both_ends(Bounds(lease=SHORT_LEASE)) as (gateway, replica):
+        yield Ends(gateway, replica)

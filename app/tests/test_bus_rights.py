@@ -1,0 +1,77 @@
+"""What each role may do on the bus, as a real nats-server enforces it."""
+
+import json
+
+import nats.errors
+import nats.js.errors
+import pytest
+from bus_ends import Ends, job, line
+from nats_server import NatsServer
+
+from claude_jobs.broker import GATEWAY_USER, REPLICA_USER
+from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.topology import (
+    EVENTS_STREAM,
+    JOBS_CONSUMER,
+    JOBS_STREAM,
+    JOBS_SUBJECT,
+)
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
+
+
+async def refused(bus: Bus, subject: str, payload: bytes = b"{}") -> bool:
+    """Tell whether a request is not answered: the broker passes on nothing that is forbidden."""
+    try:
+        await bus.nats.request(subject, payload, timeout=0.5)
+    except (nats.errors.TimeoutError, nats.errors.NoRespondersError):
+        return True
+    return False
+
+
+async def test_a_replica_cannot_submit_a_job(ends: Ends) -> None:
+    with pytest.raises((nats.errors.Error, nats.js.errors.Error)):
+        await ends.replica.jetstream.publish(JOBS_SUBJECT, job().to_json(), timeout=0.5)
+    assert await ends.inbound.depth() == 0
+
+
+async def test_a_replica_can_neither_make_nor_change_nor_empty_a_stream(ends: Ends) -> None:
+    for name in ("NEW", EVENTS_STREAM):
+        config = json.dumps({"name": name, "subjects": [f"{name}.>"]}).encode()
+        assert await refused(ends.replica, f"$JS.API.STREAM.CREATE.{name}", config)
+        assert await refused(ends.replica, f"$JS.API.STREAM.UPDATE.{name}", config)
+    assert await refused(ends.replica, f"$JS.API.STREAM.PURGE.{EVENTS_STREAM}")
+    assert await refused(ends.replica, f"$JS.API.STREAM.DELETE.{EVENTS_STREAM}")
+    assert await refused(ends.replica, f"$JS.API.STREAM.MSG.GET.{JOBS_STREAM}", b'{"seq":1}')
+    names = [stream.config.name for stream in await ends.gateway.jetstream.streams_info()]
+    assert "NEW" not in names
+    assert EVENTS_STREAM in names
+
+
+@pytest.mark.parametrize("subject", [f"_INBOX_{GATEWAY_USER}.>", ">", "events.*", JOBS_SUBJECT])
+async def test_a_replica_hears_nothing_that_is_not_for_it(ends: Ends, subject: str) -> None:
+    heard: list[object] = []
+
+    async def hear(message: object) -> None:
+        heard.append(message)
+
+    await ends.replica.nats.subscribe(subject, cb=hear)
+    await ends.replica.nats.flush()
+    await ends.inbound.submit(job())
+    await (await ends.reader.writer("j")).append(line(1))
+    await ends.replica.nats.flush()
+    assert heard == []
+
+
+async def test_a_gateway_cannot_pull(ends: Ends) -> None:
+    await ends.inbound.submit(job())
+    subject = f"$JS.API.CONSUMER.MSG.NEXT.{JOBS_STREAM}.{JOBS_CONSUMER}"
+    assert await refused(ends.gateway, subject, b'{"batch":1,"no_wait":true}')
+    assert await ends.inbound.depth() == 1
+
+
+async def test_nobody_comes_in_with_a_wrong_password(nats_server: NatsServer, ends: Ends) -> None:
+    assert ends.replica.is_connected
+    for user, password in ((REPLICA_USER, "wrong"), ("", "")):
+        with pytest.raises(nats.errors.Error):
+            await nats.connect(nats_server.url, user=user, password=password, allow_reconnect=False)
