@@ -49,10 +49,11 @@ COPY app/claude_jobs /opt/app/claude_jobs
 RUN python3 -m compileall -q /opt/app
 
 ENV PATH=/opt/claude-jobs/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin \
-    PYTHONPATH=/opt/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPATH=/opt/app PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     NODE_ENV=production PORT=3000 WORKSPACE_DIR=/workspace \
     AGENT_UID=10001 AGENT_GID=10002 AGENT_HOME=/home/agent
-WORKDIR /workspace
+# Not the workspace, where agents write: Python would look there for modules.
+WORKDIR /
 EXPOSE 3000
 # The replica starts as root only to step down at once; swarm.yml names a user for the others.
 # hadolint ignore=DL3002

@@ -1,14 +1,17 @@
-"""What the roles' own Python promises: the wait for a stack, the port's holders, credentials."""
+"""What the roles' own Python promises: the wait for a stack, the port's holders, secrets."""
 
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
+from claude_jobs.api_tokens import parse_api_tokens
 
 ROLES = Path(__file__).resolve().parent.parent / "roles"
 Json = dict[str, Any]
@@ -26,6 +29,7 @@ def load(path: str) -> ModuleType:
 convergence = load("app_stack/library/stack_convergence.py")
 engine_lists = load("app_stack/filter_plugins/engine_lists.py")
 credentials = load("docker_secrets/filter_plugins/claude_credentials.py")
+tokens = load("docker_secrets/filter_plugins/api_tokens.py")
 
 NEW, OLD = {"ContainerSpec": {"Image": "pool:2"}}, {"ContainerSpec": {"Image": "pool:1"}}
 STACK = "com.docker.stack.namespace"
@@ -247,3 +251,60 @@ def test_credentials_that_expire_soon_are_kept_and_warned_of_without_quoting_the
     assert SECRET not in judged["warning"]
     assert (judged["problem"], json.loads(judged["content"])) == ("", value)
     assert credentials.claude_credentials(value, NOW, warn_hours=1)["warning"] == ""
+
+
+TOKEN, OTHER = "sk-a-token-not-to-show", "sk-another-token-not-to-show"
+LIMITED = {"token": OTHER, "maxRunning": 2, "maxQueued": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ({"me": TOKEN}, {"me": TOKEN}),
+        ({"me": {"token": TOKEN}}, {"me": TOKEN}),
+        ({"me": {"token": TOKEN, "maxQueued": None}}, {"me": TOKEN}),
+        ({"team_1": LIMITED, "CI-2": TOKEN}, {"CI-2": TOKEN, "team_1": LIMITED}),
+    ],
+)
+def test_each_form_of_tokens_is_written_as_the_gateway_reads_it(given: Json, written: Json) -> None:
+    content = json.dumps(written, sort_keys=True)
+    for value in (given, json.dumps(given)):
+        assert tokens.api_tokens(value) == {"problem": "", "content": content}
+    assert {token.client.name for token in parse_api_tokens(content)} == given.keys()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        TOKEN,
+        f'{{"me": "{TOKEN}"',
+        [TOKEN],
+        f'{{"me": "{TOKEN}", "me": "{OTHER}"}}',
+        *({name: TOKEN} for name in ("", "a b", "a.b", "é", "a\n", "x" * 65)),
+        *(
+            {"ci": entry}
+            for entry in (None, 5, [TOKEN], {}, {"token": [TOKEN]}, LIMITED | {TOKEN: 1})
+        ),
+        *({"ci": secret} for secret in (TOKEN[:15], f"{TOKEN}\n", f"{TOKEN} {TOKEN}", f"{TOKEN}é")),
+        *({"ci": LIMITED | {"maxRunning": limit}} for limit in (0, -1, 1.5, True, "2", [2])),
+        {"ci": LIMITED | {"maxQueued": 0}},
+        {"a": TOKEN, "b": OTHER, "c": {"token": TOKEN}},
+    ],
+)
+def test_the_role_refuses_tokens_with_the_sentence_of_the_gateway(value: object) -> None:
+    judged = tokens.api_tokens(value)
+    assert judged["problem"] and judged["content"] == ""
+    with pytest.raises(ValueError, match=f"^{re.escape(judged['problem'])}$"):
+        parse_api_tokens(value if isinstance(value, str) else json.dumps(value))
+    assert TOKEN[:15] not in judged["problem"]
+    assert OTHER not in judged["problem"]
+
+
+@pytest.mark.parametrize("value", [{1: TOKEN}, {True: TOKEN}])
+def test_a_name_that_yaml_takes_for_something_else_is_refused(value: Json) -> None:
+    assert "is no text; put it into quotes" in tokens.api_tokens(value)["problem"]
+
+
+@pytest.mark.parametrize("value", ["{}", {}])
+def test_no_tokens_at_all_are_refused(value: object) -> None:
+    assert tokens.api_tokens(value)["problem"].startswith("is empty; give {")

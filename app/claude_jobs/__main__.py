@@ -46,6 +46,8 @@ def start(settings: ProcessSettings) -> None:
                 # A stream whose reader has gone ends at once.
                 handler_cancellation=True,
                 shutdown_timeout=1,
+                # A path of the workspace may have 4096 bytes, each of which may be encoded.
+                max_line_size=2**16,
             )
         case ReplicaSettings():
             from claude_jobs.replica.supervisor import Supervisor

@@ -11,13 +11,18 @@ import shutil
 import subprocess
 
 from claude_jobs.bus.topology import (
+    CANCELLATIONS_BUCKET,
     EVENTS_STREAM,
     EVENTS_SUBJECTS,
+    JOBS_BYTES,
     JOBS_CONSUMER,
     JOBS_STREAM,
-    JOBS_SUBJECT,
+    JOBS_SUBJECTS,
     PRESENCE_BUCKET,
     RECORDS_BUCKET,
+    SESSION_RECORDS_BUCKET,
+    SESSIONS_STREAM,
+    SESSIONS_SUBJECTS,
 )
 from claude_jobs.settings import BrokerSettings
 
@@ -25,11 +30,17 @@ GATEWAY_USER = "gateway"
 REPLICA_USER = "replica"
 # The largest message. A line of Claude Code is one message; tool results can be several MB.
 MAX_PAYLOAD_BYTES = 8 * 2**20
+# Room for the buckets, which have no bound of their own but the age of what is in them.
+BUCKETS_BYTES = 2**30
+
+_WRITTEN_BY_REPLICAS = (RECORDS_BUCKET, SESSION_RECORDS_BUCKET, PRESENCE_BUCKET)
+_READ_BY_REPLICAS = (*_WRITTEN_BY_REPLICAS, CANCELLATIONS_BUCKET)
+_FOLLOWED_BY_REPLICAS = (EVENTS_STREAM, SESSIONS_STREAM, f"KV_{CANCELLATIONS_BUCKET}")
 
 _PERMISSIONS = {
     GATEWAY_USER: {
         "publish": {
-            "allow": [JOBS_SUBJECT, EVENTS_SUBJECTS, "$KV.>", "$JS.API.>", "$JS.FC.>"],
+            "allow": [JOBS_SUBJECTS, EVENTS_SUBJECTS, "$KV.>", "$JS.API.>", "$JS.FC.>"],
             "deny": [f"$JS.API.CONSUMER.MSG.NEXT.{JOBS_STREAM}.>"],
         },
         "subscribe": {"allow": [f"_INBOX_{GATEWAY_USER}.>"]},
@@ -38,14 +49,24 @@ _PERMISSIONS = {
         "publish": {
             "allow": [
                 EVENTS_SUBJECTS,
-                f"$KV.{RECORDS_BUCKET}.>",
-                f"$KV.{PRESENCE_BUCKET}.>",
-                f"$JS.API.CONSUMER.MSG.NEXT.{JOBS_STREAM}.{JOBS_CONSUMER}",
-                f"$JS.ACK.{JOBS_STREAM}.{JOBS_CONSUMER}.>",
-                f"$JS.API.STREAM.INFO.KV_{RECORDS_BUCKET}",
-                f"$JS.API.STREAM.INFO.KV_{PRESENCE_BUCKET}",
-                f"$JS.API.STREAM.MSG.GET.KV_{RECORDS_BUCKET}",
+                SESSIONS_SUBJECTS,
+                *(f"$KV.{bucket}.>" for bucket in _WRITTEN_BY_REPLICAS),
+                *(f"$JS.API.STREAM.INFO.KV_{bucket}" for bucket in _READ_BY_REPLICAS),
+                *(f"$JS.API.STREAM.MSG.GET.KV_{bucket}" for bucket in _READ_BY_REPLICAS),
                 f"$JS.API.STREAM.MSG.GET.{EVENTS_STREAM}",
+                # Who else of a client has unfinished jobs; what they are, only a pull tells.
+                f"$JS.API.STREAM.INFO.{JOBS_STREAM}",
+                f"$JS.API.CONSUMER.MSG.NEXT.{JOBS_STREAM}.{JOBS_CONSUMER}",
+                f"$JS.API.CONSUMER.MSG.NEXT.{EVENTS_STREAM}.>",
+                f"$JS.ACK.{JOBS_STREAM}.{JOBS_CONSUMER}.>",
+                # To read a log from its start, a saved session, and cancellations as they come.
+                *(
+                    f"$JS.API.CONSUMER.{verb}.{stream}{rest}"
+                    for stream in _FOLLOWED_BY_REPLICAS
+                    for verb in ("CREATE", "DELETE", "INFO")
+                    for rest in ("", ".>")
+                ),
+                "$JS.FC.>",
             ]
         },
         "subscribe": {"allow": [f"_INBOX_{REPLICA_USER}.>"]},
@@ -62,7 +83,10 @@ def configuration(settings: BrokerSettings, version: tuple[int, int]) -> str:
     jetstream: dict[str, object] = {
         "store_dir": str(settings.broker_data_dir),
         "max_memory_store": 64 * 2**20,
-        "max_file_store": settings.broker_max_file_bytes,
+        # A stream reserves its bound: less than all together, and one could not be made.
+        "max_file_store": (
+            JOBS_BYTES + settings.event_bytes + settings.session_bytes + BUCKETS_BYTES
+        ),
     }
     if version >= (2, 10):
         jetstream["sync_interval"] = "always"

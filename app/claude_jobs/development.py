@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -36,24 +37,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _gateway_name(number: int) -> str:
+    return f"gateway-{number}" if number else "gateway"
+
+
 @dataclass
 class Pool:
     """The processes of one pool, below the directory `root`.
 
-    Without `credentials` (JSON, see `agent.credentials`) the model stub answers. `settings` are
-    added to every process's environment. A replica that exits is started again, as Swarm does.
+    The first of several gateways is at `port`. Without `credentials` (JSON, see
+    `agent.credentials`) the model stub answers. `settings` are added to every process's
+    environment. A replica that exits is started again, as Swarm does.
     """
 
     root: Path
     workspace: Path
     replicas: int = 5
+    gateways: int = 1
     port: int = field(default_factory=free_port)
     credentials: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.token = make_secret_files(self.root / "secrets", credentials=self.credentials)
-        self.url = f"http://127.0.0.1:{self.port}"
+        ports = [self.port, *(free_port() for _ in range(1, self.gateways))]
+        self._gateway_ports = {_gateway_name(number): port for number, port in enumerate(ports)}
+        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.url = self.urls[0]
         self._broker_port, self._stub_port = free_port(), free_port()
         self._monitor_port = free_port()
         self.broker_url = f"nats://127.0.0.1:{self._broker_port}"
@@ -65,7 +75,8 @@ class Pool:
     async def running(self) -> AsyncIterator[None]:
         """Run every process until the block ends, then end them all."""
         self._prepare_directories()
-        names = ["broker", "gateway", *(f"replica-{number}" for number in range(self.replicas))]
+        replicas = (f"replica-{number}" for number in range(self.replicas))
+        names = ["broker", *self._gateway_ports, *replicas]
         if self.credentials is None:
             names.insert(0, "model-stub")
         keepers = [asyncio.create_task(self._keep_running(name)) for name in names]
@@ -77,7 +88,7 @@ class Pool:
             await asyncio.gather(*keepers, return_exceptions=True)
 
     async def _keep_running(self, name: str) -> None:
-        kind = name.rpartition("-")[0] if name.startswith("replica") else name
+        kind = re.sub(r"-\d+$", "", name)
         while True:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "claude_jobs", kind, env=self._environment(name)
@@ -94,6 +105,8 @@ class Pool:
         home = self.root / "home" / name
         variables = {
             "PATH": os.environ.get("PATH", os.defpath),
+            # Nothing is imported from the directory that this is started in.
+            "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
             "SECRETS_DIR": str(self.root / "secrets"),
             "WORKSPACE_DIR": str(self.workspace),
@@ -102,12 +115,12 @@ class Pool:
             "BROKER_MONITOR_PORT": str(self._monitor_port),
             "BROKER_DATA_DIR": str(self.root / "broker"),
             "BROKER_CONFIG_DIR": str(self.root / "broker-config"),
-            "BROKER_MAX_FILE_BYTES": str(2**31),
             "EVENT_BYTES": str(2**28),
+            "SESSION_BYTES": str(2**28),
         }
         match name:
-            case "gateway":
-                variables["PORT"] = str(self.port)
+            case _ if name in self._gateway_ports:
+                variables["PORT"] = str(self._gateway_ports[name])
                 variables["DEMO_MODE"] = str(self.credentials is None)
             case "model-stub":
                 variables["PORT"] = str(self._stub_port)

@@ -6,20 +6,33 @@ read nor ask for it. A secret is a file named after its field in `SECRETS_DIR`.
 
 import socket
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, Json, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, PlainValidator, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-MIN_TOKEN_LENGTH = 16
+from claude_jobs.api_tokens import ApiToken, parse_api_tokens
+
 DEFAULT_SECRETS_DIR = Path("/run/secrets")
 
 Password = Annotated[SecretStr, Field(min_length=16)]
+EventBytes = Annotated[int, Field(ge=2**20)]
+SessionBytes = Annotated[int, Field(ge=2**20)]
+# Read from its text, so that every sentence about it is ours and quotes no token.
+ApiTokens = Annotated[tuple[ApiToken, ...], NoDecode, PlainValidator(parse_api_tokens)]
 
 
 class SettingsError(Exception):
     """A setting is missing or wrong; the sentence names it and never quotes a value."""
+
+
+class WorkspaceMode(StrEnum):
+    """Where a job works unless its request says otherwise."""
+
+    SHARED = "shared"  # in the workspace itself
+    PER_JOB = "per-job"  # in a directory of its own, `jobs/<id>`
 
 
 class ProcessSettings(BaseSettings):
@@ -38,21 +51,26 @@ class BusSettings(ProcessSettings):
     broker_url: str = "nats://nats:4222"
     workspace_dir: Path = Path("/workspace")
     # A replica that is not heard of for so long has lost its job; the same for every process.
-    lease_seconds: Annotated[float, Field(ge=1)] = 30
+    lease_seconds: Annotated[float, Field(ge=1)] = 20
 
 
 class GatewaySettings(BusSettings):
-    """The gateway's settings. `api_tokens` is a JSON object that maps names to tokens."""
+    """The gateway's settings. The secret `api_tokens` has the form of `api_tokens.FORM`."""
 
     broker_gateway_password: Password
-    api_tokens: Json[dict[str, SecretStr]] | None = None
+    api_tokens: ApiTokens = Field(default=(), validate_default=False)
     allow_anonymous: bool = False
     demo_mode: bool = False
     queue_limit: Annotated[int, Field(ge=1)] = 1000
+    workspace_mode: WorkspaceMode = WorkspaceMode.SHARED
     max_request_bytes: Annotated[int, Field(ge=1024)] = 2 * 2**20
+    max_upload_bytes: Annotated[int, Field(ge=0)] = 2**30
     job_timeout_seconds: Annotated[int, Field(ge=1)] = 3600
+    max_turns: Annotated[int, Field(ge=1)] = 1000
     event_age_hours: Annotated[int, Field(ge=1)] = 168
-    event_bytes: Annotated[int, Field(ge=2**20)] = 4 * 2**30
+    event_bytes: EventBytes = 4 * 2**30
+    session_age_hours: Annotated[int, Field(ge=1)] = 720
+    session_bytes: SessionBytes = 2 * 2**30
 
     @model_validator(mode="after")
     def _someone_may_come_in(self) -> Self:
@@ -61,11 +79,6 @@ class GatewaySettings(BusSettings):
                 "the secret api_tokens is missing or empty: give it tokens, "
                 "or set ALLOW_ANONYMOUS=true to let everybody in on purpose"
             )
-        for name, token in (self.api_tokens or {}).items():
-            if len(token.get_secret_value()) < MIN_TOKEN_LENGTH:
-                raise ValueError(
-                    f"the token {name!r} in api_tokens has fewer than {MIN_TOKEN_LENGTH} characters"
-                )
         return self
 
     @property
@@ -73,12 +86,19 @@ class GatewaySettings(BusSettings):
         """How long events and job records are kept."""
         return timedelta(hours=self.event_age_hours)
 
+    @property
+    def session_age(self) -> timedelta:
+        """How long a session is kept after its last job."""
+        return timedelta(hours=self.session_age_hours)
+
 
 class ReplicaSettings(BusSettings):
     """A replica's settings. Times are in seconds.
 
     `agent_uid` and `agent_gid` are the agent's user; without them it runs as the supervisor's
-    own (only for development). Credentials come from `CLAUDE_CODE_CREDENTIALS_JSON` or the
+    own (only for development). `trust_workspace_settings` lets agents obey settings files, hooks
+    and MCP servers that lie in the workspace. A job is begun at most `max_attempts` times.
+    Credentials come from `CLAUDE_CODE_CREDENTIALS_JSON` or the
     secret `claude_credentials`.
     """
 
@@ -93,13 +113,19 @@ class ReplicaSettings(BusSettings):
     agent_home: Path = Path("/home/agent")
     claude_path: Path | None = None
     claude_max_retries: Annotated[int, Field(ge=0)] = 10
+    trust_workspace_settings: bool = False
     job_timeout_seconds: Annotated[float, Field(gt=0)] = 3600
+    max_turns: Annotated[int, Field(ge=1)] = 1000
+    max_attempts: Annotated[int, Field(ge=1)] = 3
     idle_timeout_seconds: Annotated[float, Field(gt=0)] = 900
     result_grace_seconds: Annotated[float, Field(gt=0)] = 10
 
 
 class BrokerSettings(ProcessSettings):
-    """The broker's settings: where it keeps its data, and the passwords of its two users."""
+    """The broker's settings: where it keeps its data, and the passwords of its two users.
+
+    `event_bytes` and `session_bytes` are the gateway's, so that what it asks for always fits.
+    """
 
     broker_gateway_password: Password
     broker_replica_password: Password
@@ -107,7 +133,8 @@ class BrokerSettings(ProcessSettings):
     broker_monitor_port: int = 8222
     broker_data_dir: Path = Path("/data")
     broker_config_dir: Path = Path("/run/broker")
-    broker_max_file_bytes: Annotated[int, Field(ge=2**26)] = 8 * 2**30
+    event_bytes: EventBytes = 4 * 2**30
+    session_bytes: SessionBytes = 2 * 2**30
 
 
 class ModelStubSettings(ProcessSettings):

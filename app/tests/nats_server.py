@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -24,8 +24,9 @@ PASSWORDS = {
 class NatsServer:
     """One broker: it can be killed and started again on the same data and the same port."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, settings: Mapping[str, str] | None = None) -> None:
         self.directory = directory
+        self._settings = settings or {}
         self.port = free_port()
         self._monitor_port = free_port()
         self._process: Process | None = None
@@ -38,6 +39,11 @@ class NatsServer:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "claude_jobs", "broker"),
@@ -48,6 +54,7 @@ class NatsServer:
                 "BROKER_MONITOR_PORT": str(self._monitor_port),
                 "BROKER_DATA_DIR": str(self.directory / "data"),
                 "BROKER_CONFIG_DIR": str(self.directory / "config"),
+                **self._settings,
             },
         )
 

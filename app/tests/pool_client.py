@@ -138,7 +138,13 @@ class RunningPool:
 
     async def agent(self, supervisor: Process) -> psutil.Process:
         """Return the process of Claude Code below this supervisor."""
-        while not (children := psutil.Process(supervisor.pid).children()):
+        while not (
+            children := [
+                child
+                for child in psutil.Process(supervisor.pid).children()
+                if "claude_jobs.agent.watchdog" not in child.cmdline()
+            ]
+        ):
             await asyncio.sleep(0.01)
         (child,) = children
         return child
@@ -154,6 +160,7 @@ async def appears(path: Path) -> None:
 async def running_pool(
     *,
     replicas: int,
+    gateways: int = 1,
     settings: Mapping[str, str] | None = None,
     credentials: str | None = None,
 ) -> AsyncIterator[RunningPool]:
@@ -163,6 +170,7 @@ async def running_pool(
             root=directory / "pool",
             workspace=directory / "workspace",
             replicas=replicas,
+            gateways=gateways,
             credentials=credentials,
             settings=settings or {},
         )

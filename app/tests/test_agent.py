@@ -1,5 +1,6 @@
 """How an agent is started, and what its run is taken for."""
 
+import asyncio
 import json
 import os
 from datetime import UTC, datetime
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_runs import Saved
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,18 +98,35 @@ def test_a_pipe_holds_the_secret_once() -> None:
         assert file.read() == ""
 
 
+def no_agent(home: Path) -> AgentSetup:
+    return AgentSetup(
+        claude=home / "none",
+        home=home,
+        user=None,
+        base_url="",
+        max_retries=0,
+        max_turns=10,
+        idle_timeout=1,
+        result_grace=1,
+    )
+
+
 async def test_an_expired_token_ends_the_job_before_it_starts(tmp_path: Path) -> None:
     async def no_line(_: object) -> None:
         pytest.fail("an agent was started")
 
     ending = await run_agent(
-        AgentSetup(tmp_path / "none", tmp_path, None, "", 0, 1, 1),
+        no_agent(tmp_path),
         Credentials(SECRET, OAUTH, datetime(2020, 1, 1, tzinfo=UTC)),
         JobRequest(prompt="x"),
         session_id="s",
+        prompt="x",
+        resume=False,
+        sessions=Saved(),
         directory=tmp_path,
         time_limit=1,
         on_frame=no_line,
+        cancelled=asyncio.Event(),
     )
     assert isinstance(ending, Failed)
     assert ending.code is FailureCode.CREDENTIALS
@@ -119,13 +138,17 @@ async def test_a_claude_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
         pytest.fail("an agent was started")
 
     ending = await run_agent(
-        AgentSetup(tmp_path / "none", tmp_path, None, "", 0, 1, 1),
+        no_agent(tmp_path),
         Credentials(SECRET, OAUTH),
         JobRequest(prompt="x"),
         session_id="s",
+        prompt="x",
+        resume=False,
+        sessions=Saved(),
         directory=tmp_path,
         time_limit=5,
         on_frame=no_line,
+        cancelled=asyncio.Event(),
     )
     assert isinstance(ending, Failed)
     assert ending.code is FailureCode.AGENT_ERROR
@@ -135,16 +158,38 @@ async def test_a_claude_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
 # Command line and environment
 
 
-def arguments(**fields: Any) -> list[str]:
-    return command_line(Path("/bin/claude"), JobRequest(prompt="the prompt", **fields), "session")
+def arguments(*, resume: bool = False, trusted: bool = False, **fields: Any) -> list[str]:
+    return command_line(
+        Path("/bin/claude"),
+        JobRequest(prompt="the prompt", **fields),
+        "session",
+        resume=resume,
+        max_turns=10,
+        trust_workspace_settings=trusted,
+    )
 
 
 def test_the_prompt_is_no_argument() -> None:
     assert not any("the prompt" in argument for argument in arguments())
 
 
-def test_settings_and_servers_in_the_workspace_are_not_obeyed() -> None:
+def test_settings_and_servers_in_the_workspace_are_obeyed_only_where_trusted() -> None:
     assert {"--setting-sources=user", "--strict-mcp-config"} <= set(arguments())
+    trusting = arguments(trusted=True)
+    assert "--setting-sources=user,project,local" in trusting
+    assert "--strict-mcp-config" not in trusting
+
+
+def test_a_session_is_begun_or_gone_on_with() -> None:
+    assert "--session-id=session" in arguments()
+    assert not any(argument.startswith("--resume") for argument in arguments())
+    assert "--resume=session" in arguments(resume=True)
+    assert not any(argument.startswith("--session-id") for argument in arguments(resume=True))
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 10), (1, 1), (10, 10), (11, 10)])
+def test_turns_are_bounded(asked: int | None, given: int) -> None:
+    assert f"--max-turns={given}" in arguments(max_turns=asked)
 
 
 def test_permissions_are_skipped_only_where_asked() -> None:
@@ -172,7 +217,14 @@ def test_no_field_of_a_request_becomes_an_option_of_its_own(fields: dict[str, An
         request = JobRequest.model_validate({"prompt": "x", **fields})
     except ValueError:
         return
-    started = command_line(Path("/bin/claude"), request, "session")
+    started = command_line(
+        Path("/bin/claude"),
+        request,
+        "session",
+        resume=False,
+        max_turns=10,
+        trust_workspace_settings=False,
+    )
     assert started[0] == "/bin/claude"
     options = {argument.partition("=")[0] for argument in started if argument.startswith("-")}
     assert options <= names

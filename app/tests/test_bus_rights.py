@@ -14,7 +14,8 @@ from claude_jobs.bus.topology import (
     EVENTS_STREAM,
     JOBS_CONSUMER,
     JOBS_STREAM,
-    JOBS_SUBJECT,
+    JOBS_SUBJECTS,
+    job_subject,
 )
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -31,7 +32,7 @@ async def refused(bus: Bus, subject: str, payload: bytes = b"{}") -> bool:
 
 async def test_a_replica_cannot_submit_a_job(ends: Ends) -> None:
     with pytest.raises((nats.errors.Error, nats.js.errors.Error)):
-        await ends.replica.jetstream.publish(JOBS_SUBJECT, job().to_json(), timeout=0.5)
+        await ends.replica.jetstream.publish(job_subject("c", "j"), job().to_json(), timeout=0.5)
     assert await ends.inbound.depth() == 0
 
 
@@ -48,7 +49,7 @@ async def test_a_replica_can_neither_make_nor_change_nor_empty_a_stream(ends: En
     assert EVENTS_STREAM in names
 
 
-@pytest.mark.parametrize("subject", [f"_INBOX_{GATEWAY_USER}.>", ">", "events.*", JOBS_SUBJECT])
+@pytest.mark.parametrize("subject", [f"_INBOX_{GATEWAY_USER}.>", ">", "events.*", JOBS_SUBJECTS])
 async def test_a_replica_hears_nothing_that_is_not_for_it(ends: Ends, subject: str) -> None:
     heard: list[object] = []
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from claude_jobs.broker import MAX_PAYLOAD_BYTES, configuration
-from claude_jobs.replica.attempt import MAX_LINE_BYTES
+from claude_jobs.replica.lines import MAX_EVENT_BYTES
 from claude_jobs.settings import (
     BrokerSettings,
     GatewaySettings,
@@ -57,7 +57,11 @@ def test_the_defaults_are_the_documented_ones(secrets: Path) -> None:
     assert gateway.node_env == "production"
     assert (gateway.demo_mode, gateway.allow_anonymous) == (False, False)
     replica = load(ReplicaSettings, secrets_dir=secrets)
-    assert (replica.idle_timeout_seconds, replica.lease_seconds) == (900, 30)
+    assert replica.idle_timeout_seconds == 900
+    assert gateway.lease_seconds == replica.lease_seconds == 20
+    assert gateway.workspace_mode == "shared"
+    assert gateway.max_turns == replica.max_turns == 1000
+    assert (replica.max_attempts, replica.trust_workspace_settings) == (3, False)
     assert replica.anthropic_base_url == ""
     assert load(ModelStubSettings, secrets_dir=secrets).port == 8080
 
@@ -65,8 +69,8 @@ def test_the_defaults_are_the_documented_ones(secrets: Path) -> None:
 def test_secrets_come_from_files(secrets: Path) -> None:
     settings = load(GatewaySettings, secrets_dir=secrets)
     assert settings.broker_gateway_password.get_secret_value() == PASSWORD
-    assert settings.api_tokens is not None
-    assert settings.api_tokens["default"].get_secret_value() == TOKEN
+    (token,) = settings.api_tokens
+    assert (token.client.name, token.secret.get_secret_value()) == ("default", TOKEN)
     assert PASSWORD not in repr(settings)
     assert TOKEN not in repr(settings)
 
@@ -80,7 +84,7 @@ def test_an_empty_variable_counts_as_not_set(
     assert load(ReplicaSettings, secrets_dir=secrets).idle_timeout_seconds == 900
 
 
-@pytest.mark.parametrize("tokens", [None, "{}"])
+@pytest.mark.parametrize("tokens", [None, "{}", ""])
 def test_a_gateway_without_tokens_says_what_to_do(secrets: Path, tokens: str | None) -> None:
     (secrets / "api_tokens").unlink()
     if tokens is not None:
@@ -101,7 +105,7 @@ def test_a_gateway_lets_everybody_in_only_on_purpose(
 def test_a_short_token_is_named_and_not_shown(secrets: Path) -> None:
     (secrets / "api_tokens").write_text(json.dumps({"default": TOKEN, "ci": "s3cret"}))
     said = refusal(GatewaySettings, secrets)
-    assert "the token 'ci' in api_tokens has fewer than 16 characters" in said
+    assert "api_tokens: the token of the entry 'ci' has fewer than 16 characters" in said
     assert "s3cret" not in said
 
 
@@ -164,7 +168,7 @@ def test_each_role_has_its_own_rights(secrets: Path) -> None:
     for name, user in users.items():
         assert user["permissions"]["subscribe"] == {"allow": [f"_INBOX_{name}.>"]}
     replica = users["replica"]["permissions"]["publish"]["allow"]
-    assert "jobs.queue" not in replica
+    assert not any(subject.startswith("jobs.") for subject in replica)
     assert not any(subject in {">", "$JS.API.>", "$KV.>"} for subject in replica)
     assert not any("STREAM.CREATE" in subject or "PURGE" in subject for subject in replica)
     gateway = users["gateway"]["permissions"]["publish"]
@@ -185,4 +189,4 @@ def test_only_the_clients_port_is_open_to_others(secrets: Path) -> None:
 
 
 def test_the_longest_line_fits_into_a_message() -> None:
-    assert MAX_LINE_BYTES < MAX_PAYLOAD_BYTES
+    assert MAX_EVENT_BYTES < MAX_PAYLOAD_BYTES

@@ -37,21 +37,34 @@ def bundled_claude() -> Path:
     return Path(package.origin).parent / "_bundled" / "claude"
 
 
-def command_line(claude: Path, request: JobRequest, session_id: str) -> list[str]:
+def command_line(
+    claude: Path,
+    request: JobRequest,
+    session_id: str,
+    *,
+    resume: bool,
+    max_turns: int,
+    trust_workspace_settings: bool,
+) -> list[str]:
     """Return the arguments of one run; the prompt goes through standard input.
 
-    `--setting-sources user` and `--strict-mcp-config`: settings files, hooks and MCP servers
-    that lie in the workspace, where any job can write, are not obeyed.
+    Unless they are trusted, settings files, hooks and MCP servers that lie in the workspace,
+    where any job can write, are not obeyed. `max_turns` bounds what the request asks for.
     """
     arguments = [
         str(claude),
         "--output-format=stream-json",
         "--input-format=stream-json",
         "--verbose",
-        "--setting-sources=user",
-        "--strict-mcp-config",
-        f"--session-id={session_id}",
+        # What goes into the session's transcript is printed, too, for the session store.
+        "--session-mirror",
+        f"--resume={session_id}" if resume else f"--session-id={session_id}",
+        f"--max-turns={min(request.max_turns or max_turns, max_turns)}",
     ]
+    if trust_workspace_settings:
+        arguments.append("--setting-sources=user,project,local")
+    else:
+        arguments += ["--setting-sources=user", "--strict-mcp-config"]
     mode = request.effective_permission_mode
     if mode is PermissionMode.BYPASS:
         arguments.append("--dangerously-skip-permissions")
@@ -59,8 +72,6 @@ def command_line(claude: Path, request: JobRequest, session_id: str) -> list[str
         arguments.append(f"--permission-mode={mode}")
     if request.model is not None:
         arguments.append(f"--model={request.model}")
-    if request.max_turns is not None:
-        arguments.append(f"--max-turns={request.max_turns}")
     if request.allowed_tools:
         arguments += ["--allowedTools", ",".join(request.allowed_tools)]
     if request.disallowed_tools:
@@ -68,6 +79,11 @@ def command_line(claude: Path, request: JobRequest, session_id: str) -> list[str
     if request.append_system_prompt is not None:
         arguments.append(f"--append-system-prompt={request.append_system_prompt}")
     return arguments
+
+
+def config_directory(home: Path) -> Path:
+    """Return where Claude Code keeps its own files, its sessions among them."""
+    return home / ".claude"
 
 
 def as_user(user: AgentUser, arguments: list[str]) -> list[str]:
@@ -110,7 +126,7 @@ def environment(
         "LANG": "C.UTF-8",
         "TERM": "dumb",
         "PATH": f"{home}/.local/bin:/usr/local/bin:/usr/bin:/bin",
-        "CLAUDE_CONFIG_DIR": str(home / ".claude"),
+        "CLAUDE_CONFIG_DIR": str(config_directory(home)),
         "CLAUDE_CODE_ENTRYPOINT": "sdk-py",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",

@@ -4,6 +4,7 @@ Success is a `result` line with `is_error: false`: neither the exit code nor `su
 (a refused key ends with `subtype: success`).
 """
 
+import signal
 from typing import Any
 
 from claude_jobs.contract.event import Completed, Failed, FailureCode, TerminalEvent
@@ -15,11 +16,20 @@ _REFUSED_STATUSES = {401, 403}
 _MAX_RESULT_CHARACTERS = 1_000_000
 
 
+class AgentKilledError(Exception):
+    """Somebody killed the agent (SIGKILL): the kernel for want of memory, or an operator."""
+
+
 def outcome(
     result: dict[str, Any] | None, *, session_id: str, exit_code: int | None, stderr: str
 ) -> TerminalEvent:
-    """Turn the last `result` line, or its absence, into the job's terminal event."""
+    """Turn the last `result` line, or its absence, into the job's terminal event.
+
+    Raises `AgentKilledError` where the job did not come to any end.
+    """
     if result is None:
+        if exit_code == -signal.SIGKILL:
+            raise AgentKilledError
         how = "by itself" if exit_code is None else f"with exit code {exit_code}"
         said = f": {stderr}" if stderr else ""
         return Failed(

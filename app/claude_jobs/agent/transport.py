@@ -7,7 +7,7 @@ it came: the SDK's message classes know only the fields of their own version.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,21 @@ class AgentProcess(Transport):
         cwd: Path,
         env: dict[str, str],
         pass_fds: tuple[int, ...] = (),
+        on_started: Callable[[int], None] | None = None,
     ) -> None:
         self._arguments = arguments
         self._cwd = cwd
         self._env = env
         self._pass_fds = pass_fds
+        self._on_started = on_started
         self._process: asyncio.subprocess.Process | None = None
         self._stderr = bytearray()
         self._stderr_reader: asyncio.Task[None] | None = None
         self._printed: asyncio.Queue[Frame | None] = asyncio.Queue()
         # An agent that prints faster than its events can be stored is slowed down.
         self._room = asyncio.Semaphore(_FRAMES_AHEAD)
+        self._dismissed = False
+        self._read = asyncio.Event()
 
     @property
     def stderr(self) -> str:
@@ -73,6 +77,8 @@ class AgentProcess(Transport):
         except OSError as error:
             raise CLIConnectionError(f"cannot start Claude Code: {error.strerror}") from error
         self._stderr_reader = asyncio.create_task(self._keep_stderr())
+        if self._on_started:
+            self._on_started(self._process.pid)
 
     async def write(self, data: str) -> None:
         """Write to standard input; raises `CLIConnectionError` when the CLI has gone."""
@@ -99,11 +105,14 @@ class AgentProcess(Transport):
         try:
             async for line in self._lines():
                 frame = _parse(line)
-                if frame is not None:
+                if frame is None:
+                    continue
+                if not self._dismissed:
                     await self._room.acquire()
                     self._printed.put_nowait(frame)
-                    yield frame
+                yield frame
         finally:
+            self._read.set()
             self.end_frames()
 
     async def frames(self) -> AsyncIterator[Frame]:
@@ -115,6 +124,15 @@ class AgentProcess(Transport):
     def end_frames(self) -> None:
         """Let `frames` end after what it already holds."""
         self._printed.put_nowait(None)
+
+    async def was_read(self) -> None:
+        """Wait until the SDK has taken everything that was printed."""
+        await self._read.wait()
+
+    def dismiss_frames(self) -> None:
+        """Say that nobody takes `frames` any more: what is still printed is for the SDK alone."""
+        self._dismissed = True
+        self._room.release()
 
     async def close(self) -> None:
         """Close the streams. The processes are ended by their owner, who knows the whole tree."""

@@ -1,6 +1,6 @@
 """Presence: each replica says regularly that it is there; who falls silent is gone."""
 
-from nats.js.errors import NoKeysError
+from nats.js.errors import KeyNotFoundError, NoKeysError
 from nats.js.kv import KeyValue
 
 from claude_jobs.bus.connection import Bus
@@ -8,7 +8,7 @@ from claude_jobs.bus.topology import PRESENCE_BUCKET
 from claude_jobs.contract.status import Replica
 
 # Seconds between two announcements; the bucket forgets a key after `Bounds.presence`.
-ANNOUNCE_EVERY = 5.0
+ANNOUNCE_EVERY = 2.0
 
 
 class Presence:
@@ -29,6 +29,14 @@ class Presence:
     async def withdraw(self, replica: str) -> None:
         """Say good-bye."""
         await self._bucket.delete(replica)
+
+    async def get(self, replica: str) -> Replica | None:
+        """Return what a replica announced last, or None when it is gone."""
+        try:
+            entry = await self._bucket.get(replica)
+        except KeyNotFoundError:
+            return None
+        return Replica.model_validate_json(entry.value or b"")
 
     async def list(self) -> list[Replica]:
         """Return the replicas that are alive, by node and name."""

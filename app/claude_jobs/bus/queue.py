@@ -12,8 +12,8 @@ from nats.aio.msg import Msg
 from nats.js.errors import APIError
 from pydantic import ValidationError
 
-from claude_jobs.bus.connection import Bus
-from claude_jobs.bus.topology import JOBS_CONSUMER, JOBS_STREAM, JOBS_SUBJECT
+from claude_jobs.bus.connection import REQUEST_TIMEOUT, Bus
+from claude_jobs.bus.topology import JOBS_CONSUMER, JOBS_STREAM, job_subject
 from claude_jobs.contract.job import Job
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # JetStream's error codes for a stream that refuses because it is full.
 _FULL = {10077, 10054}
+_WRONG_LAST_SEQUENCE = {10070, 10071}
 # The broker says every so many seconds that a pull still stands; a pull about which nothing was
 # heard for two and a half of them is gone (a broker that was restarted forgets pulls).
 _PULL_HEARTBEAT = 2.0
@@ -64,8 +65,13 @@ class Lease:
         return self._message.metadata.num_delivered
 
     async def extend(self) -> None:
-        """Say that the work goes on: the lease starts anew."""
-        await self._message.in_progress()
+        """Say that the work goes on: the lease starts anew. Returns when the broker has heard it.
+
+        Raises `nats.errors.Error` when the broker does not answer.
+        """
+        await self._message._client.request(
+            self._message.reply, Msg.Ack.Progress, timeout=REQUEST_TIMEOUT
+        )
 
     async def finish(self) -> None:
         """Take the job off the queue for good; returns when the broker has it on disk."""
@@ -85,16 +91,37 @@ class JobQueue:
     async def submit(self, job: Job) -> None:
         """Put a job at the end; returns when the broker has it on disk.
 
-        Raises `QueueFullError` when the queue refuses, `nats.errors.Error` when it is away.
+        A job that is there already stays where it is. Raises `QueueFullError` when the queue
+        refuses, `nats.errors.Error` when it is away.
         """
         try:
             await self._bus.jetstream.publish(
-                JOBS_SUBJECT, job.to_json(), headers={_MESSAGE_ID: job.id}
+                job_subject(job.client, job.id),
+                job.to_json(),
+                headers={_MESSAGE_ID: job.id, "Nats-Expected-Last-Subject-Sequence": "0"},
             )
         except APIError as error:
             if error.err_code in _FULL:
                 raise QueueFullError from error
-            raise
+            if error.err_code not in _WRONG_LAST_SEQUENCE:
+                raise
+
+    async def withdraw(self, client: str, job_id: str) -> None:
+        """Take a job off the queue that has ended before a replica took it."""
+        await self._bus.jetstream.purge_stream(JOBS_STREAM, subject=job_subject(client, job_id))
+
+    async def holds(self, client: str, job_id: str) -> bool:
+        """Tell whether a job waits or runs, as far as the queue knows."""
+        subject = job_subject(client, job_id)
+        info = await self._bus.jetstream.stream_info(JOBS_STREAM, subjects_filter=subject)
+        return subject in (info.state.subjects or {})
+
+    async def unfinished(self, client: str = "*") -> list[str]:
+        """Return the ids of the jobs, all or one client's, that wait or run: the oldest first."""
+        info = await self._bus.jetstream.stream_info(
+            JOBS_STREAM, subjects_filter=job_subject(client, "*")
+        )
+        return sorted(subject.rpartition(".")[2] for subject in info.state.subjects or {})
 
     async def depth(self) -> int:
         """Return how many jobs wait for a replica."""

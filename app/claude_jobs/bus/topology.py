@@ -23,14 +23,21 @@ from claude_jobs.bus.connection import Bus
 log = logging.getLogger(__name__)
 
 JOBS_STREAM = "JOBS"
-JOBS_SUBJECT = "jobs.queue"
+JOBS_SUBJECTS = "jobs.*.*"
 JOBS_CONSUMER = "replicas"
 EVENTS_STREAM = "EVENTS"
 EVENTS_SUBJECTS = "events.*"
+SESSIONS_STREAM = "SESSIONS"
+SESSIONS_SUBJECTS = "sessions.*.*.*"
 RECORDS_BUCKET = "job_records"
+SESSION_RECORDS_BUCKET = "session_records"
+CANCELLATIONS_BUCKET = "cancellations"
+SUBMISSIONS_BUCKET = "submissions"
 PRESENCE_BUCKET = "replicas"
 
 GIB = 2**30
+# What the waiting jobs may take on disk, whatever `queue_limit` is.
+JOBS_BYTES = GIB
 
 
 @dataclass(frozen=True)
@@ -39,14 +46,23 @@ class Bounds:
 
     `queue_limit` counts the jobs that are accepted and not yet ended. A replica that has not
     been heard of for `lease` has lost its job; one that was not heard of for `presence` is gone.
+    `submission_age` is how long an `Idempotency-Key` is remembered.
     """
 
     queue_limit: int = 1000
-    lease: timedelta = timedelta(seconds=30)
-    presence: timedelta = timedelta(seconds=15)
+    lease: timedelta = timedelta(seconds=20)
+    presence: timedelta = timedelta(seconds=10)
     event_age: timedelta = timedelta(days=7)
     event_bytes: int = 4 * GIB
+    session_age: timedelta = timedelta(days=30)
+    session_bytes: int = 2 * GIB
+    submission_age: timedelta = timedelta(days=1)
     copies: int = 1
+
+
+def job_subject(client: str, job_id: str) -> str:
+    """Return the subject that carries a job: by it the queue can be asked for one client's."""
+    return f"jobs.{client}.{job_id}"
 
 
 def events_subject(job_id: str) -> str:
@@ -60,13 +76,13 @@ async def ensure_topology(bus: Bus, bounds: Bounds) -> None:
         bus,
         StreamConfig(
             name=JOBS_STREAM,
-            subjects=[JOBS_SUBJECT],
+            subjects=[JOBS_SUBJECTS],
             retention=RetentionPolicy.WORK_QUEUE,
             storage=StorageType.FILE,
             # A full queue refuses: nothing that was accepted is ever pushed out.
             discard=DiscardPolicy.NEW,
             max_msgs=bounds.queue_limit,
-            max_bytes=GIB,
+            max_bytes=JOBS_BYTES,
             duplicate_window=120,
             num_replicas=bounds.copies,
         ),
@@ -96,27 +112,38 @@ async def ensure_topology(bus: Bus, bounds: Bounds) -> None:
             num_replicas=bounds.copies,
         ),
     )
-    await _ensure_bucket(
+    await _ensure_stream(
         bus,
-        KeyValueConfig(
-            bucket=RECORDS_BUCKET,
-            history=1,
-            ttl=bounds.event_age.total_seconds(),
+        StreamConfig(
+            name=SESSIONS_STREAM,
+            subjects=[SESSIONS_SUBJECTS],
+            retention=RetentionPolicy.LIMITS,
             storage=StorageType.FILE,
-            replicas=bounds.copies,
+            # A session that lost its beginning is worth nothing: whole ones are removed instead.
+            discard=DiscardPolicy.NEW,
+            max_bytes=bounds.session_bytes,
+            duplicate_window=120,
+            num_replicas=bounds.copies,
         ),
     )
-    await _ensure_bucket(
-        bus,
-        KeyValueConfig(
-            bucket=PRESENCE_BUCKET,
-            history=1,
-            ttl=bounds.presence.total_seconds(),
-            # Not in memory: a broker that was restarted would not know the bucket any more.
-            storage=StorageType.FILE,
-            replicas=bounds.copies,
-        ),
-    )
+    for bucket, ttl in {
+        RECORDS_BUCKET: bounds.event_age,
+        SESSION_RECORDS_BUCKET: bounds.session_age,
+        CANCELLATIONS_BUCKET: bounds.event_age,
+        SUBMISSIONS_BUCKET: bounds.submission_age,
+        PRESENCE_BUCKET: bounds.presence,
+    }.items():
+        await _ensure_bucket(
+            bus,
+            KeyValueConfig(
+                bucket=bucket,
+                history=1,
+                ttl=ttl.total_seconds(),
+                # None in memory: a broker that was restarted would not know it any more.
+                storage=StorageType.FILE,
+                replicas=bounds.copies,
+            ),
+        )
 
 
 async def _ensure_stream(bus: Bus, config: StreamConfig) -> None:
@@ -129,7 +156,13 @@ async def _ensure_stream(bus: Bus, config: StreamConfig) -> None:
 
 async def _ensure_bucket(bus: Bus, config: KeyValueConfig) -> None:
     try:
-        await bus.jetstream.key_value(config.bucket)
+        stream = (await bus.jetstream.stream_info(f"KV_{config.bucket}")).config
     except NotFoundError:
         await bus.jetstream.create_key_value(config)
         log.info("created a bucket", extra={"bucket": config.bucket})
+        return
+    if stream.max_age != config.ttl and config.ttl is not None:
+        stream.max_age = config.ttl
+        # The server refuses one that is longer than the age.
+        stream.duplicate_window = min(config.ttl, 120)
+        await bus.jetstream.update_stream(stream)

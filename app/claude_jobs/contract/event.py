@@ -41,12 +41,36 @@ class Connected(Document):
     resumed_from: str | None = None
 
 
+class Recovering(Document):
+    """The job was interrupted and goes on, here or on another replica, as attempt `attempt`."""
+
+    type: Literal["recovering"] = "recovering"
+    attempt: int
+    reason: str
+
+
 class Message(Document):
-    """One line of Claude Code, untouched."""
+    """One line of Claude Code, untouched.
+
+    A line that the broker cannot take in one piece comes as several of these; the `content` of
+    each is then a `LinePart`.
+    """
 
     type: Literal["message"] = "message"
     content: dict[str, Any]
     timestamp: datetime
+
+
+class LinePart(Document):
+    """A piece of a very long line: the `text` of all `count` parts, joined, is the line's JSON.
+
+    `index` counts from 0; the parts of a line follow each other.
+    """
+
+    type: Literal["line_part"] = "line_part"
+    index: int
+    count: int
+    text: str
 
 
 class Completed(Document):
@@ -71,8 +95,16 @@ class Failed(Document):
     session_id: str | None = None
 
 
+class Gap(Document):
+    """The log no longer holds the events `from` to `to` (ids). Never logged: a reader is told."""
+
+    type: Literal["gap"] = "gap"
+    from_: int = Field(alias="from")
+    to: int
+
+
 TerminalEvent = Completed | Failed
-Event = Queued | Connected | Message | Completed | Failed
+Event = Queued | Connected | Recovering | Message | Completed | Failed
 
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 

@@ -5,9 +5,10 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Self
+from uuid import UUID
 
 import uuid_utils
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from claude_jobs.contract.base import Document, now
 from claude_jobs.contract.event import Completed, FailureCode, TerminalEvent
@@ -81,6 +82,14 @@ ToolRule = Annotated[
 ]
 
 
+def _whole(number: object) -> object:
+    """Take 3.0 for 3: to JSON they are the same number."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+_Whole = BeforeValidator(_whole)
+
+
 class JobRequest(Document):
     """The body of `POST /api/execute`."""
 
@@ -88,11 +97,12 @@ class JobRequest(Document):
 
     prompt: Annotated[str, AfterValidator(_has_text), Field(max_length=1_000_000)]
     workspace: Annotated[str, AfterValidator(_lies_below), Field(max_length=1024)] = "."
+    resume_session_id: Annotated[UUID, Field(strict=False)] | None = None
     model: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][\w.:/@\[\]-]*$")] | None = (
         None
     )
-    max_turns: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] | None = None
+    max_turns: Annotated[int, Field(ge=1, le=10_000), _Whole] | None = None
+    timeout_seconds: Annotated[int, Field(ge=1, le=604_800), _Whole] | None = None
     permission_mode: Annotated[PermissionMode, Field(strict=False)] | None = None
     # Not set: permissions are skipped unless `permission_mode` says otherwise.
     dangerously_skip_permissions: bool | None = None
@@ -122,18 +132,44 @@ class JobRequest(Document):
         return PermissionMode.BYPASS
 
 
+def new_job_id() -> str:
+    """Return a UUIDv7: it holds the time, so that ids sort by it."""
+    return str(uuid_utils.uuid7())
+
+
 class Job(Document):
-    """An accepted request as it waits in the queue. `client` is the name of the token."""
+    """An accepted request as it waits in the queue.
+
+    `client` is the name of the token, `max_running` the most jobs of that token that may run at
+    a time, `workspace` the directory below the shared workspace that the agent works in.
+    """
 
     id: str
     request: JobRequest
     client: str
+    workspace: str
     created_at: datetime
+    max_running: int | None = None
 
     @classmethod
-    def accept(cls, request: JobRequest, *, client: str) -> Self:
+    def accept(
+        cls,
+        request: JobRequest,
+        *,
+        client: str,
+        workspace: str | None = None,
+        max_running: int | None = None,
+        job_id: str | None = None,
+    ) -> Self:
         """Give a request its identity: a UUIDv7, so that ids sort by time of acceptance."""
-        return cls(id=str(uuid_utils.uuid7()), request=request, client=client, created_at=now())
+        return cls(
+            id=job_id or new_job_id(),
+            request=request,
+            client=client,
+            workspace=request.workspace if workspace is None else workspace,
+            created_at=now(),
+            max_running=max_running,
+        )
 
 
 class JobRecord(Document):
@@ -165,7 +201,7 @@ class JobRecord(Document):
             id=job.id,
             status=JobStatus.QUEUED,
             prompt=job.request.prompt,
-            workspace=job.request.workspace,
+            workspace=job.workspace,
             client=job.client,
             created_at=job.created_at,
             metadata=job.request.metadata,

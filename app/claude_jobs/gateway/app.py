@@ -12,18 +12,26 @@ from aiohttp import web
 
 from claude_jobs.broker import GATEWAY_USER
 from claude_jobs.bus.connection import connect
-from claude_jobs.bus.events import EventLog
-from claude_jobs.bus.presence import Presence
-from claude_jobs.bus.queue import JobQueue
-from claude_jobs.bus.records import JobRecords
 from claude_jobs.bus.topology import Bounds, ensure_topology
-from claude_jobs.contract.job import Job
-from claude_jobs.gateway.auth import CLIENT, bearer_auth
+from claude_jobs.gateway.auth import bearer_auth
+from claude_jobs.gateway.docs import show_docs
 from claude_jobs.gateway.errors import error_form
-from claude_jobs.gateway.event_stream import stream_events
+from claude_jobs.gateway.event_stream import job_events
+from claude_jobs.gateway.files import (
+    PATH_PATTERN,
+    continue_later,
+    delete_file,
+    file_threads,
+    read_file,
+    write_file,
+)
+from claude_jobs.gateway.jobs import cancel_job, execute, list_jobs, show_job
+from claude_jobs.gateway.metrics import add_metrics, show_metrics
+from claude_jobs.gateway.openapi import add_description, show_openapi
 from claude_jobs.gateway.pool import pool_status
+from claude_jobs.gateway.retention import keep_swept
+from claude_jobs.gateway.sessions import delete_session, list_sessions, show_session
 from claude_jobs.gateway.state import STATE, Backend, GatewayState
-from claude_jobs.gateway.submission import read_job_request, submit
 from claude_jobs.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -35,36 +43,40 @@ def create_app(settings: GatewaySettings) -> web.Application:
     Each route is a row of the HTTP contract.
     """
     app = web.Application(
-        middlewares=[error_form, bearer_auth(settings.api_tokens or None)],
+        middlewares=[
+            error_form,
+            bearer_auth(settings.api_tokens, allow_anonymous=settings.allow_anonymous),
+        ],
         client_max_size=settings.max_request_bytes,
     )
     app[STATE] = GatewayState(settings)
+    add_metrics(app)
+    add_description(app, settings)
     app.cleanup_ctx.append(_connected)
+    app.cleanup_ctx.append(file_threads)
     app.add_routes(
         [
             web.post("/api/execute", execute),
+            web.get("/api/jobs", list_jobs),
+            web.get("/api/jobs/{job_id}", show_job),
+            web.get("/api/jobs/{job_id}/events", job_events, allow_head=False),
+            web.post("/api/jobs/{job_id}/cancel", cancel_job),
+            web.get("/api/sessions", list_sessions),
+            web.get("/api/sessions/{session_id}", show_session),
+            web.delete("/api/sessions/{session_id}", delete_session),
+            web.get("/api/files", read_file),
+            web.get(PATH_PATTERN, read_file),
+            web.put(PATH_PATTERN, write_file, expect_handler=continue_later),
+            web.delete(PATH_PATTERN, delete_file),
             web.get("/status", status),
             web.get("/health", health),
             web.get("/ready", ready),
+            web.get("/metrics", show_metrics),
+            web.get("/openapi.json", show_openapi),
+            web.get("/docs", show_docs),
         ]
     )
     return app
-
-
-async def execute(request: web.Request) -> web.StreamResponse:
-    """Accept a job and stream it from `queued` to its terminal event."""
-    state = request.app[STATE]
-    backend = state.ready_backend()
-    job = Job.accept(await read_job_request(request, state.settings), client=request[CLIENT])
-    # A client that goes away at this moment leaves no half-made job behind.
-    first = await asyncio.shield(submit(job, backend))
-    return await stream_events(
-        request,
-        backend.events,
-        job.id,
-        after=first - 1,
-        headers={"X-Job-Id": job.id, "Location": f"/api/jobs/{job.id}"},
-    )
 
 
 async def status(request: web.Request) -> web.Response:
@@ -101,6 +113,8 @@ async def _hold_connection(state: GatewayState) -> None:
         lease=timedelta(seconds=settings.lease_seconds),
         event_age=settings.event_age,
         event_bytes=settings.event_bytes,
+        session_age=settings.session_age,
+        session_bytes=settings.session_bytes,
     )
     async with connect(
         settings.broker_url,
@@ -111,15 +125,9 @@ async def _hold_connection(state: GatewayState) -> None:
         while state.backend is None:
             try:
                 await ensure_topology(bus, bounds)
-                state.backend = Backend(
-                    bus,
-                    JobQueue(bus),
-                    EventLog(bus),
-                    await JobRecords.open(bus),
-                    await Presence.open(bus),
-                )
+                state.backend = await Backend.open(bus)
             except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
                 log.warning("the broker is not ready", extra={"cause": str(error) or repr(error)})
                 await asyncio.sleep(0.5)
         log.info("ready")
-        await asyncio.Event().wait()
+        await keep_swept(state.backend)

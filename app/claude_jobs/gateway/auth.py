@@ -1,29 +1,34 @@
 """Bearer tokens: who may use the API, and under which name."""
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from pydantic import SecretStr
 
+from claude_jobs.api_tokens import ApiToken, Client
 from claude_jobs.contract.error import ErrorCode, RequestRefusedError
 
-ANONYMOUS = "anonymous"
-CLIENT: web.RequestKey[str] = web.RequestKey("client", str)
+__all__ = ["ANONYMOUS", "CLIENT", "Client", "bearer_auth"]
+
+ANONYMOUS = Client("anonymous")
+CLIENT: web.RequestKey[Client] = web.RequestKey("client", Client)
 # A load balancer asks these without a token; they tell nothing but alive or not.
 _OPEN_PATHS = {"/health", "/ready"}
 
 
-def bearer_auth(tokens: Mapping[str, SecretStr] | None) -> Middleware:
-    """Make the middleware that lets nobody in without one of `tokens` (name to token).
+def bearer_auth(tokens: Sequence[ApiToken], *, allow_anonymous: bool = False) -> Middleware:
+    """Make the middleware that lets nobody in without one of `tokens`, and says who comes.
 
-    None lets everybody in: a deployment must ask for that by `ALLOW_ANONYMOUS`.
+    `allow_anonymous` lets those in, too, who offer no token at all. A wrong one is refused even
+    then: whoever sends a token means to be known by it.
     """
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if tokens is None or request.path in _OPEN_PATHS:
+        if request.path in _OPEN_PATHS or (
+            allow_anonymous and "Authorization" not in request.headers
+        ):
             request[CLIENT] = ANONYMOUS
         else:
             request[CLIENT] = _client(request, tokens)
@@ -32,7 +37,7 @@ def bearer_auth(tokens: Mapping[str, SecretStr] | None) -> Middleware:
     return authenticate
 
 
-def _client(request: web.Request, tokens: Mapping[str, SecretStr]) -> str:
+def _client(request: web.Request, tokens: Sequence[ApiToken]) -> Client:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not given.strip():
         raise RequestRefusedError(
@@ -42,9 +47,9 @@ def _client(request: web.Request, tokens: Mapping[str, SecretStr]) -> str:
     offered = given.strip().encode(errors="surrogateescape")
     found = None
     # Every token is compared, each in constant time: the time taken tells nothing.
-    for name, token in tokens.items():
-        if hmac.compare_digest(offered, token.get_secret_value().encode()):
-            found = name
+    for token in tokens:
+        if hmac.compare_digest(offered, token.secret.get_secret_value().encode()):
+            found = token.client
     if found is None:
         raise RequestRefusedError(ErrorCode.UNAUTHORIZED, "this token is not known here")
     return found

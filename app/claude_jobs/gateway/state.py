@@ -1,15 +1,21 @@
 """What a gateway's handlers share. It holds no job: any gateway can answer any request."""
 
+import asyncio
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from claude_jobs.bus.cancellations import Cancellations
 from claude_jobs.bus.connection import Bus
 from claude_jobs.bus.events import EventLog
 from claude_jobs.bus.presence import Presence
 from claude_jobs.bus.queue import JobQueue
 from claude_jobs.bus.records import JobRecords
+from claude_jobs.bus.sessions import SessionLog, SessionRecords
+from claude_jobs.bus.submissions import Submissions
 from claude_jobs.contract.error import ErrorCode, RequestRefusedError
+from claude_jobs.gateway.positions import Positions
 from claude_jobs.settings import GatewaySettings
 
 # Seconds after which a client may try again when the broker is away.
@@ -24,7 +30,31 @@ class Backend:
     queue: JobQueue
     events: EventLog
     records: JobRecords
+    cancellations: Cancellations
+    submissions: Submissions
+    session_log: SessionLog
+    sessions: SessionRecords
     presence: Presence
+    positions: Positions
+    # A client's submissions are counted one after the other where they are limited.
+    turns: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+
+    @classmethod
+    async def open(cls, bus: Bus) -> "Backend":
+        """Open every part; the broker's streams and buckets are there."""
+        queue, presence = JobQueue(bus), await Presence.open(bus)
+        return cls(
+            bus,
+            queue,
+            EventLog(bus),
+            await JobRecords.open(bus),
+            await Cancellations.open(bus),
+            await Submissions.open(bus),
+            SessionLog(bus),
+            await SessionRecords.open(bus),
+            presence,
+            Positions(queue, presence),
+        )
 
 
 @dataclass

@@ -11,20 +11,25 @@ import nats.errors
 import nats.js.errors
 from aiohttp import web
 
-from claude_jobs.agent.process_tree import adopt_orphans
+from claude_jobs.agent.guard import watchdog
+from claude_jobs.agent.process_tree import adopt_orphans, orphans_reaped
 from claude_jobs.broker import REPLICA_USER
 from claude_jobs.bus.connection import Bus, connect
-from claude_jobs.bus.events import EventLog
 from claude_jobs.bus.presence import ANNOUNCE_EVERY, Presence
-from claude_jobs.bus.queue import JobQueue
-from claude_jobs.bus.records import JobRecords
+from claude_jobs.bus.queue import Lease, UnreadableJobError
 from claude_jobs.contract.base import now
 from claude_jobs.contract.status import Replica, ReplicaStatus
-from claude_jobs.replica.attempt import Attempt
+from claude_jobs.replica.attempt import Attempt, prepare_agent
+from claude_jobs.replica.backend import Backend
 from claude_jobs.replica.server import create_app
 from claude_jobs.settings import ReplicaSettings
 
 log = logging.getLogger(__name__)
+
+# A job that must wait for others of its client is offered again after so many seconds for each
+# place that it is away from running.
+_LIMITED_DELAY = 0.5
+_LONGEST_LIMITED_DELAY = 10.0
 
 
 class Supervisor:
@@ -60,28 +65,60 @@ class Supervisor:
 
     async def _take_one_job(self) -> None:
         settings = self._settings
-        async with connect(
-            settings.broker_url,
-            user=REPLICA_USER,
-            password=settings.broker_replica_password.get_secret_value(),
-            name=f"replica {settings.replica_name}",
-        ) as bus:
-            records, presence = await _open_buckets(bus)
-            async with self._announced(presence):
-                queue = JobQueue(bus)
+        async with (
+            connect(
+                settings.broker_url,
+                user=REPLICA_USER,
+                password=settings.broker_replica_password.get_secret_value(),
+                name=f"replica {settings.replica_name}",
+            ) as bus,
+            orphans_reaped(),
+            watchdog() as guard,
+        ):
+            backend = await _open_backend(bus)
+            async with self._announced(backend.presence):
                 log.info("idle")
+                preparation = asyncio.create_task(prepare_agent())
                 while not self._stop.is_set():
-                    lease = await queue.pull()
+                    lease = await backend.queue.pull()
                     # From here on a stop lets the job finish: nothing is awaited in between.
-                    await self._become(presence, ReplicaStatus.BUSY, lease.job_id)
-                    if await Attempt(settings, EventLog(bus), records, lease).run():
+                    self._set(ReplicaStatus.BUSY, lease.job_id)
+                    if await self._must_wait(backend, lease):
+                        self._set(ReplicaStatus.IDLE, None)
+                        continue
+                    await self._announce(backend.presence)
+                    await preparation
+                    if await Attempt(settings, backend, guard, lease).run():
                         return
-                    await self._become(presence, ReplicaStatus.IDLE, None)
+                    self._set(ReplicaStatus.IDLE, None)
+                    await self._announce(backend.presence)
 
-    async def _become(self, presence: Presence, status: ReplicaStatus, job_id: str | None) -> None:
+    async def _must_wait(self, backend: Backend, lease: Lease) -> bool:
+        """Give a job back whose client has as many running jobs as it may.
+
+        Only the oldest `max_running` unfinished jobs of a client may run: whoever asks comes to
+        the same answer, and they start in the order of acceptance.
+        """
+        try:
+            job = lease.job
+        except UnreadableJobError:
+            return False
+        if job.max_running is None:
+            return False
+        unfinished = await backend.queue.unfinished(job.client)
+        ahead = unfinished.index(job.id) if job.id in unfinished else 0
+        if ahead < job.max_running:
+            return False
+        delay = min(_LIMITED_DELAY * (1 + ahead - job.max_running), _LONGEST_LIMITED_DELAY)
+        await lease.give_back(delay=delay)
+        return True
+
+    def _set(self, status: ReplicaStatus, job_id: str | None) -> None:
         self._state = self._state.model_copy(
             update={"status": status, "job_id": job_id, "since": now()}
         )
+
+    async def _announce(self, presence: Presence) -> None:
         with contextlib.suppress(nats.errors.Error, nats.js.errors.Error, TimeoutError):
             await presence.announce(self._state)
 
@@ -91,8 +128,7 @@ class Supervisor:
 
         async def announce() -> None:
             while True:
-                with contextlib.suppress(nats.errors.Error, nats.js.errors.Error, TimeoutError):
-                    await presence.announce(self._state)
+                await self._announce(presence)
                 await asyncio.sleep(ANNOUNCE_EVERY)
 
         announcements = asyncio.create_task(announce())
@@ -116,11 +152,11 @@ class Supervisor:
             await runner.cleanup()
 
 
-async def _open_buckets(bus: Bus) -> tuple[JobRecords, Presence]:
+async def _open_backend(bus: Bus) -> Backend:
     """Open what the gateway makes; on a cold start the replicas may be there before it."""
     while True:
         try:
-            return await JobRecords.open(bus), await Presence.open(bus)
+            return await Backend.open(bus)
         except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
             log.info(
                 "waiting for the gateway's set-up of the broker",
