@@ -6,7 +6,8 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 # Tools that talk to nobody: what they need is in .venv.
 export ANSIBLE_HOME := $(CURDIR)/.ansible
-SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment docker/entrypoint .ci/run
+SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment docker/entrypoint .ci/run \
+	examples/curl.sh app/tests/fake_claude
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
