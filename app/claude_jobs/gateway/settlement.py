@@ -11,26 +11,49 @@ from datetime import timedelta
 from claude_jobs.bus.events import FencedError
 from claude_jobs.bus.records import accepted_at
 from claude_jobs.contract.base import now
-from claude_jobs.contract.event import Completed, Failed, FailureCode
+from claude_jobs.contract.event import Completed, Event, Failed, FailureCode
 from claude_jobs.contract.job import TERMINAL_STATUSES, JobRecord
 from claude_jobs.gateway.state import Backend
 
 log = logging.getLogger(__name__)
 
-# A submission is finished long before; a replica sums a job up well within it.
+# A submission is finished long before.
 _TIME_FOR_THE_WRITER = timedelta(seconds=30)
 
 
 async def settled(backend: Backend, record: JobRecord) -> JobRecord:
-    """Return the record, brought to its end if the job has ended and the record does not say so."""
-    if record.status in TERMINAL_STATUSES or now() - accepted_at(record.id) < _TIME_FOR_THE_WRITER:
+    """Return the record as the job's log has it: ended, once the log says that it has.
+
+    A client that has read the end of a job reads it here, too, although whoever wrote it is only
+    just summing it up. The record is written only when nobody else will.
+    """
+    if record.status in TERMINAL_STATUSES:
         return record
-    if await backend.queue.holds(record.client, record.id):
+    last = await backend.events.last(record.id)
+    ending = last.event if last is not None and last.is_terminal else None
+    writer_may_live = await backend.queue.holds(record.client, record.id)
+    if ending is None:
+        if writer_may_live or now() - accepted_at(record.id) < _TIME_FOR_THE_WRITER:
+            return record
+        ending = await _ended_by_us(backend, record.id)
+    # Meanwhile it may have been summed up, by one who knows more than this record.
+    record = await backend.records.get(record.id) or record
+    if record.status in TERMINAL_STATUSES or not isinstance(ending, Completed | Failed):
         return record
-    writer = await backend.events.writer(record.id)
+    record = record.ended(ending)
+    if not writer_may_live:
+        await backend.records.put(record)
+    return record
+
+
+async def _ended_by_us(backend: Backend, job_id: str) -> Event | None:
+    """End a job that is neither in the queue nor has an end: its submission was never finished.
+
+    Returns its end, which in the same moment may have become another one.
+    """
+    writer = await backend.events.writer(job_id)
     if not isinstance(writer.last, Completed | Failed):
-        # Not in the queue and without an end: its submission was never finished.
-        log.warning("ending a job that never got into the queue", extra={"job": record.id})
+        log.warning("ending a job that never got into the queue", extra={"job": job_id})
         with contextlib.suppress(FencedError):
             await writer.append(
                 Failed(
@@ -38,11 +61,8 @@ async def settled(backend: Backend, record: JobRecord) -> JobRecord:
                     error="the gateway was lost while it took this job in: submit it again",
                 )
             )
-        writer = await backend.events.writer(record.id)
-    if isinstance(writer.last, Completed | Failed):
-        record = record.ended(writer.last)
-        await backend.records.put(record)
-    return record
+        writer = await backend.events.writer(job_id)
+    return writer.last
 
 
 async def is_over(backend: Backend, job_id: str) -> bool:
