@@ -44,9 +44,10 @@ class Notebook(Watchdog):
 
     def allowed(self, begin: float, end: float) -> list[tuple[float, float]]:
         """Return the spans between two times in which a watchdog lets an agent run."""
-        # Before the first word, and when it is dead, nobody touches the agent.
+        # Before the first word nobody touches the agent, and nobody holds it any more when the
+        # watchdog is dead.
         words = [(begin, end), *self._told]
-        if self._lost_at is not None:
+        if self._lost_at is not None and self._lost_at < words[-1][1]:
             words.append((self._lost_at, end))
         following = [at for at, _ in words[1:]] + [end]
         spans = [

@@ -4,9 +4,12 @@ Real processes are killed or stopped; each test leaves a whole pool behind.
 """
 
 import asyncio
+import os
 import signal
+import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
+from pathlib import Path
 from time import monotonic
 
 import httpx
@@ -18,6 +21,16 @@ from pool_client import EventStream, ReceivedEvent, RunningPool, appears, runnin
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 
 LEASE = 3.0
+SLOW_IMPORT = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "claude_jobs.agent.run":
+            time.sleep(6)
+
+sys.meta_path.insert(0, Slow())
+"""
 WAIT_FOR_GO = "run touch started; until [ -e go ]; do sleep 0.05; done"
 
 
@@ -206,3 +219,17 @@ async def test_a_job_and_its_readers_outlive_the_gateway_that_took_it(losing: Ru
         await whole.ending()
     assert [*stream.events, *rest.events] == whole.events
     await losing.idle(3)
+
+
+async def test_a_job_stays_with_a_replica_that_takes_long_to_load_the_agent(tmp_path: Path) -> None:
+    # As where many replicas start at once: it loads for longer than a lease without news.
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    settings = {"PYTHONPATH": path, "LEASE_SECONDS": "2"}
+    async with running_pool(replicas=2, settings=settings) as pool, pool.job("hello") as stream:
+        started = asyncio.create_task(stream.until("connected"))
+        while not started.done():
+            assert (await pool.status())["replicas"]["busy"] <= 1
+            await asyncio.sleep(0.05)
+        await started
+        await stream.ending()

@@ -140,8 +140,9 @@ class Pool:
             ):
                 answer.raise_for_status()
                 for event in EventSource(answer).iter_sse():
-                    # `retry:` alone makes an event without data.
-                    if event.data:
+                    # `retry:` alone makes an event without data, and a waiting job's moves are
+                    # in no log: they have no id of their own.
+                    if event.data and not (event.event == "queued" and job.events):
                         job.events.append(Event(int(event.id), event.event, event.json()))
         except httpx.HTTPError as error:
             job.lost = error

@@ -5,19 +5,29 @@ from deployment import Deployment
 from engine import docker
 from pool import Gate
 
-# A lease of 30 s must run out, and another replica must find the job.
+# A lease of 20 s must run out, and another replica must find the job and its session.
 LEASE_AND_MORE = 45
 
 
-def test_a_job_on_a_killed_replica_ends_with_worker_lost_and_the_pool_is_complete_again(
+def test_a_job_on_a_killed_replica_goes_on_on_another_and_the_pool_is_complete_again(
     gate: Gate,
 ) -> None:
     job = gate.pool.start(gate.prompt("job"))
     gate.wait_began("job")
-    docker("kill", job.replica())
+    lost = job.replica()
+    docker("kill", lost)
     end = job.wait(seconds=LEASE_AND_MORE)
-    assert (end.type, end.data["code"]) == ("error", "worker_lost")
+    assert end.type == "completed"
     assert job.events[-1] is end
+    told = [event for event in job.events if event.type != "message"]
+    assert [event.type for event in told] == [
+        *("queued", "connected", "recovering", "connected", "completed"),
+    ]
+    first, recovering, second = (event.data for event in told[1:4])
+    assert first["replica"] == lost != second["replica"]
+    assert recovering["attempt"] == second["attempt"] == 2
+    assert first["sessionId"] == second["resumedFrom"] == end.data["sessionId"]
+    # Nothing was done a second time.
     assert gate.pool.ledger(gate.ledger) == ["job began"]
     gate.pool.wait_idle(seconds=30)
 

@@ -5,9 +5,11 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import nats
+import nats.errors
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.errors import NoServersError
 from nats.js import JetStreamContext
 
@@ -15,6 +17,25 @@ log = logging.getLogger(__name__)
 
 # A request that the broker has not answered by then (seconds) failed.
 REQUEST_TIMEOUT = 5.0
+# The pause between two tries to reach a broker that was lost, in seconds.
+_RECONNECT_WAIT = 0.5
+
+
+class _Client(Client):
+    """A client whose requests can be cancelled at any moment.
+
+    Before Python 3.12, `asyncio.wait_for` forgets that its task was cancelled when what it waits
+    for comes at that very moment. Then the task goes on, and whoever ends it waits for ever.
+    """
+
+    async def request(self, *what: Any, **how: Any) -> Msg:
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        try:
+            return await super().request(*what, **how)
+        finally:
+            if task and task.cancelling() > before:
+                raise asyncio.CancelledError
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,8 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
 
     while True:
         try:
-            client = await nats.connect(
+            client = _Client()
+            await client.connect(
                 url,
                 user=user,
                 password=password,
@@ -68,7 +90,7 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
                 # is seen; after it, the client tries for ever by itself.
                 allow_reconnect=True,
                 max_reconnect_attempts=-1,
-                reconnect_time_wait=0.5,
+                reconnect_time_wait=_RECONNECT_WAIT,  # type: ignore[arg-type] # nats-py
                 connect_timeout=2,
                 ping_interval=10,
                 max_outstanding_pings=2,

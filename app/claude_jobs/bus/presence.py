@@ -1,8 +1,9 @@
 """Presence: each replica says regularly that it is there; who falls silent is gone."""
 
-from nats.js.errors import KeyNotFoundError, NoKeysError
+from nats.js.errors import KeyNotFoundError
 from nats.js.kv import KeyValue
 
+from claude_jobs.bus.bucket_values import bucket_values
 from claude_jobs.bus.connection import Bus
 from claude_jobs.bus.topology import PRESENCE_BUCKET
 from claude_jobs.contract.status import Replica
@@ -40,16 +41,5 @@ class Presence:
 
     async def list(self) -> list[Replica]:
         """Return the replicas that are alive, by node and name."""
-        replicas: list[Replica] = []
-        watcher = await self._bucket.watchall(ignore_deletes=True)
-        try:
-            async for entry in watcher:
-                # None marks the end of what the bucket holds; news would follow.
-                if entry is None:
-                    break
-                replicas.append(Replica.model_validate_json(entry.value or b""))
-        except NoKeysError:
-            pass
-        finally:
-            await watcher.stop()  # type: ignore[no-untyped-call] # nats-py
+        replicas = map(Replica.model_validate_json, await bucket_values(self._bucket))
         return sorted(replicas, key=lambda replica: (replica.node, replica.replica))

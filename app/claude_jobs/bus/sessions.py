@@ -23,9 +23,10 @@ import nats.errors
 import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerConfig, DeliverPolicy
-from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NoKeysError
+from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
+from claude_jobs.bus.bucket_values import bucket_values
 from claude_jobs.bus.connection import Bus
 from claude_jobs.bus.topology import SESSION_RECORDS_BUCKET, SESSIONS_STREAM
 from claude_jobs.contract.base import now
@@ -359,18 +360,7 @@ class SessionRecords:
 
     async def list(self) -> list[Session]:
         """Return all records, the last used first."""
-        sessions: list[Session] = []
-        watcher = await self._bucket.watchall(ignore_deletes=True)
-        try:
-            async for entry in watcher:
-                # None marks the end of what the bucket holds; news would follow.
-                if entry is None:
-                    break
-                sessions.append(Session.model_validate_json(entry.value or b""))
-        except NoKeysError:
-            pass
-        finally:
-            await watcher.stop()  # type: ignore[no-untyped-call] # nats-py
+        sessions = map(Session.model_validate_json, await bucket_values(self._bucket))
         return sorted(sessions, key=lambda session: session.updated_at, reverse=True)
 
     async def _entry(self, session_id: str) -> tuple[Session, int] | None:

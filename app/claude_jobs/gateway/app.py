@@ -29,9 +29,9 @@ from claude_jobs.gateway.jobs import cancel_job, execute, list_jobs, show_job
 from claude_jobs.gateway.metrics import add_metrics, show_metrics
 from claude_jobs.gateway.openapi import add_description, show_openapi
 from claude_jobs.gateway.pool import pool_status
-from claude_jobs.gateway.retention import keep_swept
 from claude_jobs.gateway.sessions import delete_session, list_sessions, show_session
 from claude_jobs.gateway.state import STATE, Backend, GatewayState
+from claude_jobs.gateway.upkeep import keep_up
 from claude_jobs.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -130,4 +130,4 @@ async def _hold_connection(state: GatewayState) -> None:
                 log.warning("the broker is not ready", extra={"cause": str(error) or repr(error)})
                 await asyncio.sleep(0.5)
         log.info("ready")
-        await keep_swept(state.backend)
+        await keep_up(state.backend)

@@ -5,12 +5,19 @@ import contextlib
 import importlib
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from claude_jobs.agent.command import AgentUser, bundled_claude
+import nats.errors
+from nats.js.errors import APIError
+
+from claude_jobs.agent.command import AgentUser, bundled_claude, read_ahead
 from claude_jobs.agent.credentials import CredentialsError, parse_credentials
 from claude_jobs.agent.guard import Watchdog, WatchdogLostError
 from claude_jobs.agent.outcome import AgentKilledError
+from claude_jobs.agent.sdk import load_sdk
 from claude_jobs.agent.session_files import NoSavedSessionError
 from claude_jobs.bus.events import EventWriter, FencedError
 from claude_jobs.bus.queue import Lease, UnreadableJobError
@@ -44,6 +51,8 @@ _UNREADABLE_TRIES = 30
 _UNREADABLE_DELAY = 2.0
 # A job whose replica lives after all is offered again after so many seconds.
 _HELD_DELAY = 5.0
+# The pause before a broker that was away is asked again, in seconds.
+_RETRY_EVERY = 0.25
 
 
 class Attempt:
@@ -56,7 +65,7 @@ class Attempt:
         self._backend = backend
         self._watchdog = watchdog
         self._lease = lease
-        self._started: Start | None = None  # once its agent may run
+        self._started: Start | None = None  # from when on the log may say that it begins
 
     async def run(self) -> bool:
         """Bring the leased job to its end and take it off the queue.
@@ -92,6 +101,8 @@ class Attempt:
             log.info("the job had already ended", extra={"job": job.id})
             await self._close(await self._record(job), writer.last)
             return False
+        # Where many replicas start at once this takes longer than a lease: it is kept meanwhile.
+        await _load_sdk()
         try:
             start = await self._start(job, writer)
             if isinstance(start, Failed):
@@ -99,6 +110,7 @@ class Attempt:
                 await self._end(writer, await self._record(job), start)
                 return False
             # Must be in the log before the agent is: from here on the job may have had effects.
+            self._started = start
             await writer.append(
                 Connected(
                     job_id=job.id,
@@ -119,9 +131,7 @@ class Attempt:
             log.info("the job is not ours: giving it back", extra={"job": job.id})
             await self._lease.give_back()
             return False
-        self._started = start
-        # From the first confirmed renewal on the watchdog guards what is started.
-        await tenure.begun.wait()
+        await tenure.holds()
         await self._run_agent(job, writer, start)
         return True
 
@@ -150,18 +160,17 @@ class Attempt:
                 "started_at": started_at,
             }
         )
-        await self._backend.records.put(record)
+        await _outlasting_the_broker(partial(self._backend.records.put, record))
         if not start.resumes:
-            await self._backend.sessions.put(
-                Session(
-                    id=start.session_id,
-                    last_job_id=job.id,
-                    client=job.client,
-                    workspace=job.workspace,
-                    created_at=started_at,
-                    updated_at=started_at,
-                )
+            session = Session(
+                id=start.session_id,
+                last_job_id=job.id,
+                client=job.client,
+                workspace=job.workspace,
+                created_at=started_at,
+                updated_at=started_at,
             )
+            await _outlasting_the_broker(partial(self._backend.sessions.put, session))
         log.info("the agent starts", extra={"job": job.id, "attempt": start.attempt})
         try:
             ending = await self._agent(job, writer, start)
@@ -192,8 +201,7 @@ class Attempt:
             return Failed(code=FailureCode.CREDENTIALS, error=str(error))
         except (WorkspaceError, OSError) as error:
             return Failed(code=FailureCode.AGENT_ERROR, error=f"the workspace is unusable: {error}")
-        await prepare_agent()
-        from claude_jobs.agent.run import run_agent  # noqa: PLC0415 - see prepare_agent
+        from claude_jobs.agent.run import run_agent  # noqa: PLC0415 - see _load_sdk
 
         async def publish(line: Line) -> None:
             for message in messages(line):
@@ -283,7 +291,7 @@ class Attempt:
         async def regain() -> None:
             """Let the log decide whose the job is: only one of two claims can follow on its end."""
             if self._started is None or isinstance(writer.last, Completed | Failed):
-                return  # no agent of this replica runs: what it writes next decides
+                return  # no agent of this replica can run: what it writes next decides
             reason = "the replica had lost the broker and held its agent meanwhile"
             await writer.append(Recovering(attempt=self._started.attempt, reason=reason))
 
@@ -311,16 +319,36 @@ class Attempt:
         await self._lease.finish()
 
 
-async def prepare_agent() -> None:
-    """Load the Agent SDK, half a second and 40 MB, in a thread: the lease and `/health` go on."""
+async def prepare_agent(settings: ReplicaSettings) -> None:
+    """Do what can be done for an agent's start before its job is known."""
+    with contextlib.suppress(OSError):  # a job says what is wrong with it, and to whom it matters
+        await asyncio.to_thread(read_ahead, _claude(settings))
+    await _load_sdk()
+
+
+async def _load_sdk() -> None:
+    """Load the Agent SDK in a thread: the lease and `/health` go on."""
+    await asyncio.to_thread(load_sdk)
     await asyncio.to_thread(importlib.import_module, "claude_jobs.agent.run")
 
 
+async def _outlasting_the_broker(put: Callable[[], Awaitable[None]]) -> None:
+    """Do what a job must not be given up for, only because the broker is away at that moment."""
+    while True:
+        try:
+            return await put()
+        except (nats.errors.Error, TimeoutError) as error:
+            if isinstance(error, APIError) and error.code is not None and error.code < 500:
+                raise
+            log.warning("trying again", extra={"cause": str(error) or repr(error)})
+        await asyncio.sleep(_RETRY_EVERY)
+
+
 def _setup(settings: ReplicaSettings) -> "AgentSetup":
-    from claude_jobs.agent.run import AgentSetup  # noqa: PLC0415 - see prepare_agent
+    from claude_jobs.agent.run import AgentSetup  # noqa: PLC0415 - see _load_sdk
 
     return AgentSetup(
-        claude=settings.claude_path or bundled_claude(),
+        claude=_claude(settings),
         home=settings.agent_home,
         user=_agent_user(settings),
         base_url=settings.anthropic_base_url,
@@ -330,6 +358,10 @@ def _setup(settings: ReplicaSettings) -> "AgentSetup":
         idle_timeout=settings.idle_timeout_seconds,
         result_grace=settings.result_grace_seconds,
     )
+
+
+def _claude(settings: ReplicaSettings) -> Path:
+    return settings.claude_path or bundled_claude()
 
 
 def _credentials_text(settings: ReplicaSettings) -> str:

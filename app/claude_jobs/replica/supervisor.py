@@ -38,6 +38,7 @@ class Supervisor:
     def __init__(self, settings: ReplicaSettings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
+        self._preparation: asyncio.Task[None] | None = None
         self._state = Replica(
             replica=settings.replica_name,
             node=settings.node_name,
@@ -78,7 +79,8 @@ class Supervisor:
             backend = await _open_backend(bus)
             async with self._announced(backend.presence):
                 log.info("idle")
-                preparation = asyncio.create_task(prepare_agent())
+                # An attempt waits for this itself, once it keeps its lease.
+                self._preparation = asyncio.create_task(prepare_agent(settings))
                 while not self._stop.is_set():
                     lease = await backend.queue.pull()
                     # From here on a stop lets the job finish: nothing is awaited in between.
@@ -87,7 +89,6 @@ class Supervisor:
                         self._set(ReplicaStatus.IDLE, None)
                         continue
                     await self._announce(backend.presence)
-                    await preparation
                     if await Attempt(settings, backend, guard, lease).run():
                         return
                     self._set(ReplicaStatus.IDLE, None)

@@ -28,16 +28,26 @@ _RETRY_EVERY = 0.25
 class Tenure:
     """Keeps a lease of `lease_seconds`. `regain` claims the job anew after the agent was held.
 
-    `regain` raises `FencedError` when the job has gone to another replica. `begun` is set once
-    the watchdog has its first time to enforce: no agent may start before.
+    `regain` raises `FencedError` when the job has gone to another replica.
     """
 
     lease: Lease
     lease_seconds: float
     watchdog: Watchdog
     regain: Callable[[], Awaitable[None]]
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
     _confirmed: float = field(default_factory=Watchdog.clock)
+    _holds: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def holds(self) -> None:
+        """Wait until the job is ours for certain and the watchdog has a time to enforce.
+
+        No agent may start before: the lease may have run out since the job was claimed.
+        """
+        while True:
+            await self._holds.wait()
+            if not self._is_over(self._confirmed):
+                return
+            self._holds.clear()
 
     async def keep(self) -> None:
         """Renew for ever. Raises what `regain` raises, or `WatchdogLostError`: the job is lost."""
@@ -47,15 +57,27 @@ class Tenure:
                 await self.lease.extend()
             except (nats.errors.Error, TimeoutError) as error:
                 log.warning("the lease could not be renewed", extra={"cause": repr(error)})
+                if self._holds.is_set():
+                    # Nothing new, but that nobody listens must be known now above all.
+                    self.watchdog.allow(self._safe, since=self._confirmed)
                 await asyncio.sleep(_RETRY_EVERY)
                 continue
-            safe = self.lease_seconds * _SAFE_PART
-            if asked - self._confirmed >= safe:
+            if self._is_over(asked):
+                continue  # the broker was away, or this process stopped, in between
+            if self._is_over(self._confirmed):
                 log.warning("the lease had run out: claiming the job anew")
                 await self.regain()
-            if Watchdog.clock() - asked >= safe:
-                continue  # this process was stopped in between: what was confirmed is outdated
+                if self._is_over(asked):
+                    continue
             self._confirmed = asked
-            self.watchdog.allow(safe, since=asked)
-            self.begun.set()
+            self.watchdog.allow(self._safe, since=asked)
+            self._holds.set()
             await asyncio.sleep(self.lease_seconds / _RENEWALS_PER_LEASE)
+
+    @property
+    def _safe(self) -> float:
+        return self.lease_seconds * _SAFE_PART
+
+    def _is_over(self, asked: float) -> bool:
+        """Tell whether what was asked for then may have run out: another may have the job."""
+        return Watchdog.clock() - asked >= self._safe

@@ -1,0 +1,63 @@
+"""What a gateway does by itself, again and again. Every gateway does it: that does no harm."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import nats.errors
+import nats.js.errors
+
+from claude_jobs.bus.sessions import sweep
+from claude_jobs.gateway.settlement import is_over
+from claude_jobs.gateway.state import Backend
+
+log = logging.getLogger(__name__)
+
+# The pause between two times, in seconds.
+_SWEEP_EVERY = 60.0
+_CLEAR_EVERY = 10.0
+
+
+async def keep_up(backend: Backend) -> None:
+    """Keep the broker's content as it should be, for ever."""
+    async with asyncio.TaskGroup() as care:
+        care.create_task(_repeat(_sweep_sessions, backend, every=_SWEEP_EVERY))
+        care.create_task(_repeat(_clear_queue, backend, every=_CLEAR_EVERY))
+
+
+async def _repeat(
+    what: Callable[[Backend], Awaitable[None]], backend: Backend, *, every: float
+) -> None:
+    while True:
+        await asyncio.sleep(every)
+        try:
+            await what(backend)
+        except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
+            log.warning(
+                "some upkeep is left for the next time",
+                extra={"what": what.__name__.strip("_"), "cause": repr(error)},
+            )
+
+
+async def _sweep_sessions(backend: Backend) -> None:
+    """Keep the log of sessions within its bounds: the broker alone would cut sessions in two."""
+    removed = await sweep(backend.session_log, backend.sessions, partial(is_over, backend))
+    if removed:
+        log.info("removed sessions", extra={"sessions": removed})
+
+
+async def _clear_queue(backend: Backend) -> None:
+    """Take jobs off the queue that have ended, and that a broker which was killed has kept.
+
+    They would count as waiting for ever: against the bound of the queue, and against what their
+    client may run at a time.
+    """
+    if not await backend.queue.holds_leftovers():
+        return
+    for job_id in await backend.queue.unfinished():
+        last = await backend.events.last(job_id)
+        record = await backend.records.get(job_id)
+        if last is not None and last.is_terminal and record is not None:
+            log.info("a job that has ended was in the queue", extra={"job": job_id})
+            await backend.queue.withdraw(record.client, job_id)
