@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 # Tools that talk to nobody: what they need is in .venv.
 export ANSIBLE_HOME := $(CURDIR)/.ansible
 SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment docker/entrypoint .ci/run \
-	examples/curl.sh app/tests/fake_claude
+	examples/curl.sh app/tests/fake_claude app/tests/soaking_claude bench/stub_claude
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,14 +26,14 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	shellcheck --external-sources $(SHELL_SCRIPTS)
 	@if command -v hadolint >/dev/null; then echo hadolint Dockerfile; hadolint Dockerfile; fi
 
-test-quick: lint ## Everything that needs no Docker: lint, units, real processes (4 minutes)
+test-quick: lint ## Everything that needs no Docker: lint, units, real processes (16 minutes)
 	cd app && python -m pytest
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py
 
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e
 
-test: test-quick test-e2e ## Everything (under 20 minutes on two cores)
+test: test-quick test-e2e ## Everything (under half an hour on two cores)
 
 dev: environment ## Run a pool without Docker: http://localhost:3000
 	PYTHONPATH=app python -m claude_jobs.development $(ARGS)

@@ -5,90 +5,13 @@ second's start is split at the container's exit and the next one's start: what l
 two is what Swarm itself needs. Beside it, as a floor, a service of the same image that only sleeps.
 """
 
-import contextlib
-import itertools
 import json
 import statistics
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
 
-import httpx
+from containers import watched
 from target import Event, Target, docker, parser, run_job, show, target
-
-
-@dataclass
-class Slots:
-    """When containers of a service started and exited, by the slot that they filled."""
-
-    started: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: defaultdict(list))
-    exited: dict[str, float] = field(default_factory=dict)
-
-    def note_start(self, container: dict[str, Any]) -> None:
-        """Take in a container that runs."""
-        # SERVICE.SLOT.TASK
-        slot = container["Config"]["Labels"]["com.docker.swarm.task.name"].split(".")[1]
-        at = seconds(container["State"]["StartedAt"])
-        self.started[slot].append((at, container["Id"][:12]))
-
-    def note_exit(self, container: dict[str, Any]) -> None:
-        """Take in a container that has ended."""
-        self.exited[container["Id"][:12]] = seconds(container["State"]["FinishedAt"])
-
-    def turns(self) -> Iterator[tuple[str, float, str]]:
-        """Yield each container that ended, when the next in its slot started, and that one."""
-        for starts in self.started.values():
-            for (_, before), (started, after) in itertools.pairwise(starts):
-                if before in self.exited:
-                    yield before, started, after
-
-    def gaps(self) -> list[float]:
-        """Return the time from each exit to the next start in the same slot, in seconds."""
-        return [started - self.exited[before] for before, started, _ in self.turns()]
-
-
-def seconds(moment: str) -> float:
-    """Read a time of the engine, which has nanoseconds, as seconds since 1970."""
-    return datetime.fromisoformat(f"{moment[:26].rstrip('Z')}+00:00").timestamp()
-
-
-@contextmanager
-def watched(service: str) -> Iterator[Slots]:
-    """Watch the containers of a service; those that run already count as started.
-
-    The times are the engine's own notes of when the process began and ended. It reports an exit
-    only after it has cleaned up, which is a part of what Swarm needs.
-    """
-    slots = Slots()
-    socket = httpx.HTTPTransport(uds="/var/run/docker.sock")
-    label = f"com.docker.swarm.service.name={service}"
-    with httpx.Client(transport=socket, base_url="http://docker", timeout=None) as engine:
-
-        def read(events: httpx.Response) -> None:
-            with contextlib.suppress(httpx.HTTPError):
-                for line in events.iter_lines():
-                    event = json.loads(line)
-                    found = engine.get(f"/containers/{event['id']}/json")
-                    if found.status_code == httpx.codes.OK:
-                        note = slots.note_start if event["Action"] == "start" else slots.note_exit
-                        note(found.json())
-
-        filters = {"type": ["container"], "label": [label], "event": ["start", "die"]}
-        with engine.stream("GET", "/events", params={"filters": json.dumps(filters)}) as events:
-            running = engine.get(
-                "/containers/json", params={"filters": json.dumps({"label": [label]})}
-            )
-            for container in running.json():
-                slots.note_start(engine.get(f"/containers/{container['Id']}/json").json())
-            reader = threading.Thread(target=read, args=(events,), daemon=True)
-            reader.start()
-            yield slots
 
 
 def pool_phases(pool: Target, *, jobs: int, work: float) -> dict[str, list[float]]:
@@ -117,18 +40,15 @@ def pool_phases(pool: Target, *, jobs: int, work: float) -> dict[str, list[float
             list(executor.map(job, range(jobs)))
             pool.wait_idle(client)
 
-    phases: dict[str, list[float]] = defaultdict(list)
-    for before, started, after in slots.turns():
-        if before in ends and after in begins:
-            exited = slots.exited[before]
-            phases["end of job -> exit of container"].append(exited - ends[before])
-            phases["exit -> next start (Swarm's own)"].append(started - exited)
-            phases["start -> next job pulled"].append(begins[after] - started)
-            total = begins[after] - ends[before]
-            phases["end of job -> next job pulled"].append(total)
-            phases["  of which on top of Swarm's own"].append(total - (started - exited))
+    turns = slots.turns(begins=begins, ends=ends)
     print(f"{jobs} jobs of {work:g} s over {replicas} replicas")
-    return phases
+    return {
+        "end of job -> exit of container": [turn.end_to_exit for turn in turns],
+        "exit -> next start (Swarm's own)": [turn.exit_to_start for turn in turns],
+        "start -> next job pulled": [turn.start_to_begin for turn in turns],
+        "end of job -> next job pulled": [turn.whole for turn in turns],
+        "  of which on top of Swarm's own": [turn.whole - turn.exit_to_start for turn in turns],
+    }
 
 
 def floor(pool: Target, *, rounds: int, work: float) -> list[float]:
