@@ -26,6 +26,7 @@ from itertools import pairwise
 
 import psutil
 from httpx_sse import EventSource
+from readers import ENDED
 from stub_pool import Target, Watch, running
 from target import show
 
@@ -33,7 +34,7 @@ from claude_jobs.broker import REPLICA_USER
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.events import EventLog
 from claude_jobs.bus.queue import JobQueue, Lease
-from claude_jobs.contract.event import Completed, Connected, Queued
+from claude_jobs.contract.event import Connected, Queued
 from claude_jobs.contract.job import Job, JobRequest
 
 CORES = os.cpu_count() or 1
@@ -56,15 +57,6 @@ STARTS = 20
 # The queue alone: jobs that are handed out one at a time, and jobs that wait all at once.
 SINGLE_JOBS = 200
 WAITING_JOBS = 900
-ENDED = Completed(
-    result="done",
-    session_id="s",
-    usage={},
-    cost_usd=0,
-    num_turns=1,
-    duration_ms=1,
-    permission_denials=[],
-)
 
 
 @dataclass
