@@ -130,17 +130,6 @@ class JobQueue:
         )
         return sorted(subject.rpartition(".")[2] for subject in info.state.subjects or {})
 
-    async def holds_leftovers(self) -> bool:
-        """Tell whether there are jobs in the queue that the broker will hand to nobody.
-
-        One that is killed may forget that it removed a job whose end it heard (nats-server 2.9
-        and 2.10).
-        """
-        stream = await self._bus.jetstream.stream_info(JOBS_STREAM)
-        consumer = await self._bus.jetstream.consumer_info(JOBS_STREAM, JOBS_CONSUMER)
-        offered = (consumer.num_pending or 0) + (consumer.num_ack_pending or 0)
-        return stream.state.messages > offered
-
     async def depth(self) -> int:
         """Return how many jobs wait for a replica."""
         info = await self._bus.jetstream.consumer_info(JOBS_STREAM, JOBS_CONSUMER)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -9,6 +10,7 @@ import nats.errors
 import nats.js.errors
 
 from claude_jobs.bus.sessions import sweep
+from claude_jobs.contract.job import TERMINAL_STATUSES
 from claude_jobs.gateway.settlement import is_over
 from claude_jobs.gateway.state import Backend
 
@@ -18,12 +20,15 @@ log = logging.getLogger(__name__)
 _SWEEP_EVERY = 60.0
 _CLEAR_EVERY = 10.0
 
+# So many jobs of a long queue are looked at a time: each is a question to the broker.
+_CLEAR_AT_MOST = 100
+
 
 async def keep_up(backend: Backend) -> None:
     """Keep the broker's content as it should be, for ever."""
     async with asyncio.TaskGroup() as care:
         care.create_task(_repeat(_sweep_sessions, backend, every=_SWEEP_EVERY))
-        care.create_task(_repeat(_clear_queue, backend, every=_CLEAR_EVERY))
+        care.create_task(_repeat(clear_queue, backend, every=_CLEAR_EVERY))
 
 
 async def _repeat(
@@ -47,17 +52,17 @@ async def _sweep_sessions(backend: Backend) -> None:
         log.info("removed sessions", extra={"sessions": removed})
 
 
-async def _clear_queue(backend: Backend) -> None:
+async def clear_queue(backend: Backend) -> None:
     """Take jobs off the queue that have ended, and that a broker which was killed has kept.
 
-    They would count as waiting for ever: against the bound of the queue, and against what their
-    client may run at a time.
+    One that is killed may forget that it removed a job whose end it heard, and then hands it to
+    nobody (nats-server 2.9 and 2.10). It would count as waiting for ever: against the bound of the
+    queue, and against what its client may run at a time.
     """
-    if not await backend.queue.holds_leftovers():
-        return
-    for job_id in await backend.queue.unfinished():
-        last = await backend.events.last(job_id)
+    # The broker's own counts do not tell: a killed one may also count jobs that it has removed.
+    unfinished = await backend.queue.unfinished()
+    for job_id in random.sample(unfinished, min(len(unfinished), _CLEAR_AT_MOST)):
         record = await backend.records.get(job_id)
-        if last is not None and last.is_terminal and record is not None:
+        if record is not None and record.status in TERMINAL_STATUSES:
             log.info("a job that has ended was in the queue", extra={"job": job_id})
             await backend.queue.withdraw(record.client, job_id)
