@@ -16,11 +16,11 @@ from claude_jobs.agent.guard import Watchdog
 from claude_jobs.broker import REPLICA_USER
 from claude_jobs.bus.cancellations import Cancellations
 from claude_jobs.bus.connection import Bus
-from claude_jobs.bus.events import EventLog, FencedError
+from claude_jobs.bus.events import EventLog, EventWriter, FencedError
 from claude_jobs.bus.presence import Presence
 from claude_jobs.bus.queue import JobQueue
 from claude_jobs.bus.records import JobRecords
-from claude_jobs.bus.sessions import SessionLog
+from claude_jobs.bus.sessions import SessionLog, SessionRecords
 from claude_jobs.bus.topology import JOBS_STREAM, Bounds, job_subject
 from claude_jobs.contract.base import now
 from claude_jobs.contract.event import (
@@ -33,6 +33,7 @@ from claude_jobs.contract.event import (
     Recovering,
 )
 from claude_jobs.contract.job import Job, JobRecord, JobRequest, JobStatus
+from claude_jobs.contract.session import Session
 from claude_jobs.replica import attempt as attempt_module
 from claude_jobs.replica import recovery
 from claude_jobs.replica.attempt import Attempt
@@ -237,6 +238,41 @@ async def test_a_job_that_never_started_is_run_by_the_next_replica(scene: Scene)
     assert (connected.attempt, connected.resuming) == (1, False)
     assert isinstance(ending, Failed)  # it has no credentials
     assert ending.code is FailureCode.CREDENTIALS
+
+
+async def test_a_session_is_known_before_the_log_names_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads its id there may resume it, or be told at once who uses it."""
+    sessions = await SessionRecords.open(scene.gateway)
+    append = EventWriter.append
+    found: list[Session | None] = []
+
+    async def look_first(writer: EventWriter, event: Event) -> int:
+        if isinstance(event, Connected):
+            found.append(await sessions.get(event.session_id))
+        return await append(writer, event)
+
+    monkeypatch.setattr(EventWriter, "append", look_first)
+    job = await scene.leave(saved=False)
+    assert await scene.find()
+    (session,) = found
+    assert session is not None
+    assert session.last_job_id == job.id
+
+
+async def test_a_job_that_ends_before_it_begins_leaves_no_session(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await scene.leave(saved=False)
+
+    async def cancel_meanwhile() -> None:
+        ending = Failed(code=FailureCode.CANCELLED, error="x")
+        await (await EventLog(scene.gateway).writer(job.id)).append(ending)
+
+    monkeypatch.setattr(attempt_module, "_load_sdk", cancel_meanwhile)
+    assert not await scene.find()
+    assert await (await SessionRecords.open(scene.gateway)).list() == []
 
 
 async def test_a_job_that_no_version_can_read_is_offered_again_and_then_ends(

@@ -99,6 +99,12 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (ignored,) = (line.split()[1] for line in lines if line.startswith("SigIgn:"))
+    return bool(int(ignored, 16) >> (number - 1) & 1)
+
+
 async def until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
@@ -142,15 +148,17 @@ async def supervisor(directory: Path, *, two_users: bool) -> AsyncIterator[Watch
     user = AGENT if two_users else None
     watched = Watched(process, psutil.Process(pid), directory, user)
     try:
+        await until(lambda: ignores(pid, signal.SIGTERM))
         yield watched
     finally:
         with suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
         while left := watched.agents():
             for agent in left:
                 with suppress(psutil.NoSuchProcess):
                     agent.kill()
+        # Only now: an agent holds the other end of the supervisor's output.
+        await process.wait()
         await until(lambda: is_gone(watched.watchdog))
 
 

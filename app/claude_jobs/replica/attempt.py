@@ -109,6 +109,10 @@ class Attempt:
                 log.warning("the job cannot go on", extra={"job": job.id, "cause": start.error})
                 await self._end(writer, await self._record(job), start)
                 return False
+            # Who reads of the session in the log finds it.
+            if not start.resumes:
+                session = _new_session(job, start.session_id)
+                await _outlasting_the_broker(partial(self._backend.sessions.put, session))
             # Must be in the log before the agent is: from here on the job may have had effects.
             self._started = start
             await writer.append(
@@ -129,6 +133,9 @@ class Attempt:
         except FencedError:
             # It was cancelled in this moment, or its replica came back: whoever gets it next sees.
             log.info("the job is not ours: giving it back", extra={"job": job.id})
+            if self._started and not self._started.resumes:
+                forget = partial(self._backend.sessions.remove, self._started.session_id)
+                await _outlasting_the_broker(forget)
             await self._lease.give_back()
             return False
         await tenure.holds()
@@ -161,16 +168,6 @@ class Attempt:
             }
         )
         await _outlasting_the_broker(partial(self._backend.records.put, record))
-        if not start.resumes:
-            session = Session(
-                id=start.session_id,
-                last_job_id=job.id,
-                client=job.client,
-                workspace=job.workspace,
-                created_at=started_at,
-                updated_at=started_at,
-            )
-            await _outlasting_the_broker(partial(self._backend.sessions.put, session))
         log.info("the agent starts", extra={"job": job.id, "attempt": start.attempt})
         try:
             ending = await self._agent(job, writer, start)
@@ -342,6 +339,18 @@ async def _outlasting_the_broker(put: Callable[[], Awaitable[None]]) -> None:
                 raise
             log.warning("trying again", extra={"cause": str(error) or repr(error)})
         await asyncio.sleep(_RETRY_EVERY)
+
+
+def _new_session(job: Job, session_id: str) -> Session:
+    begun = now()
+    return Session(
+        id=session_id,
+        last_job_id=job.id,
+        client=job.client,
+        workspace=job.workspace,
+        created_at=begun,
+        updated_at=begun,
+    )
 
 
 def _setup(settings: ReplicaSettings) -> "AgentSetup":
