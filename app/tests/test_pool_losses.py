@@ -27,7 +27,7 @@ import sys, time
 class Slow:
     def find_spec(self, name, *_):
         if name == "claude_jobs.agent.run":
-            time.sleep(6)
+            time.sleep(10)
 
 sys.meta_path.insert(0, Slow())
 """
@@ -225,7 +225,7 @@ async def test_a_job_stays_with_a_replica_that_takes_long_to_load_the_agent(tmp_
     # As where many replicas start at once: it loads for longer than a lease without news.
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    settings = {"PYTHONPATH": path, "LEASE_SECONDS": "2"}
+    settings = {"PYTHONPATH": path, "LEASE_SECONDS": "4"}
     async with running_pool(replicas=2, settings=settings) as pool, pool.job("hello") as stream:
         started = asyncio.create_task(stream.until("connected"))
         while not started.done():
