@@ -109,6 +109,7 @@ class JobQueue:
     async def withdraw(self, client: str, job_id: str) -> None:
         """Take a job off the queue that has ended without a replica that could do it.
 
+        Where its client is not known any more, `*` stands for it.
         A replica that takes it at the same moment sees that it has ended, and takes it off.
         """
         # Not by a purge of its subject: after that, nats-server 2.9 hands out no other job either.

@@ -63,6 +63,10 @@ async def clear_queue(backend: Backend) -> None:
     unfinished = await backend.queue.unfinished()
     for job_id in random.sample(unfinished, min(len(unfinished), _CLEAR_AT_MOST)):
         record = await backend.records.get(job_id)
-        if record is not None and record.status in TERMINAL_STATUSES:
+        last = await backend.events.last(job_id)
+        # Either tells: a killed broker may have lost the record, and the log has its bounds.
+        if (record is not None and record.status in TERMINAL_STATUSES) or (
+            last is not None and last.is_terminal
+        ):
             log.info("a job that has ended was in the queue", extra={"job": job_id})
-            await backend.queue.withdraw(record.client, job_id)
+            await backend.queue.withdraw(record.client if record else "*", job_id)
