@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 # The pause between two times, in seconds.
 _SWEEP_EVERY = 60.0
 _CLEAR_EVERY = 10.0
-
 # So many jobs of a long queue are looked at a time: each is a question to the broker.
 _CLEAR_AT_MOST = 100
 
