@@ -91,6 +91,7 @@ class WorkspaceThreads:
             return running.result()
         finally:
             if cancel:
+                pending.cancel()
                 running.cancel()
 
     @asynccontextmanager
@@ -107,13 +108,14 @@ class WorkspaceThreads:
 
     async def _answers(self) -> bool:
         """Ask the file server something that no cache can answer, and wait a while."""
-        if self._question is None or self._question.done():
-            self._asked_at = time.monotonic()
-            self._question = self._questions.submit(partial(_ask, self._root))
-        elif self.stalled:
+        if self.stalled:
             return False
-        await asyncio.wait({asyncio.wrap_future(self._question)}, timeout=PATIENCE / 2)
-        return self._question.done()
+        question = self._question
+        if question is None or question.done():
+            self._asked_at = time.monotonic()
+            question = self._question = self._questions.submit(partial(_ask, self._root))
+        await asyncio.wait({asyncio.wrap_future(question)}, timeout=PATIENCE / 2)
+        return question.done()  # whoever asks next may have replaced it already
 
 
 class Steps:
@@ -135,8 +137,10 @@ class Steps:
         if self._last is not None and not self._last.done():
             self._last.add_done_callback(lambda _: self._threads.submit(release))
             return
-        with contextlib.suppress(WorkspaceStalledError):
-            await self._threads.result(self._threads.submit(release), cancel=False)
+        releasing = self._threads.submit(release)
+        if not self._threads.stalled:
+            with contextlib.suppress(WorkspaceStalledError):
+                await self._threads.result(releasing, cancel=False)
 
 
 class _Threads:
