@@ -4,13 +4,21 @@ Each process reads only its own class, so that a process without need of a secre
 read nor ask for it. A secret is a file named after its field in `SECRETS_DIR`.
 """
 
+import re
 import socket
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, PlainValidator, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from claude_jobs.api_tokens import ApiToken, parse_api_tokens
@@ -22,6 +30,26 @@ EventBytes = Annotated[int, Field(ge=2**20)]
 SessionBytes = Annotated[int, Field(ge=2**20)]
 # Read from its text, so that every sentence about it is ours and quotes no token.
 ApiTokens = Annotated[tuple[ApiToken, ...], NoDecode, PlainValidator(parse_api_tokens)]
+
+
+_NFS_SOURCE = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\]]+):/.*")
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _nfs_source(text: str) -> str:
+    path = text.partition(":/")[2]
+    if text and (not _NFS_SOURCE.fullmatch(text) or {".", ".."} & {*path.split("/")}):
+        raise ValueError(
+            "must be what the NFS server exports, as address:/path "
+            "(192.168.77.11:/srv/claude-code/workspace, an IPv6 address in brackets)"
+        )
+    return text
+
+
+def _host_name(text: str) -> str:
+    if text and not _HOST_NAME.fullmatch(text):
+        raise ValueError("must be the name of a node of the swarm, as `docker node ls` shows it")
+    return text
 
 
 class SettingsError(Exception):
@@ -46,12 +74,28 @@ class ProcessSettings(BaseSettings):
 
 
 class BusSettings(ProcessSettings):
-    """What every client of the broker reads."""
+    """What every client of the broker reads.
+
+    With `workspace_source` (`address:/path` of an NFS export) the workspace counts only where
+    it is that file system; on the node `workspace_host`, the file server, it is a directory.
+    """
 
     broker_url: str = "nats://nats:4222"
+    node_name: str = Field(default_factory=socket.gethostname)
     workspace_dir: Path = Path("/workspace")
+    workspace_source: Annotated[str, AfterValidator(_nfs_source)] = ""
+    workspace_host: Annotated[str, AfterValidator(_host_name)] = ""
     # A replica that is not heard of for so long has lost its job; the same for every process.
     lease_seconds: Annotated[float, Field(ge=1)] = 20
+
+    @model_validator(mode="after")
+    def _a_host_has_something_to_serve(self) -> Self:
+        if self.workspace_host and not self.workspace_source:
+            raise ValueError(
+                "WORKSPACE_HOST names the file server, but WORKSPACE_SOURCE does not say "
+                "what it exports: set both or neither"
+            )
+        return self
 
 
 class GatewaySettings(BusSettings):
@@ -106,7 +150,6 @@ class ReplicaSettings(BusSettings):
     claude_code_credentials_json: SecretStr | None = None
     claude_credentials: SecretStr | None = None
     anthropic_base_url: str = ""
-    node_name: str = Field(default_factory=socket.gethostname)
     replica_name: str = Field(default_factory=socket.gethostname)
     agent_uid: int | None = None
     agent_gid: int | None = None

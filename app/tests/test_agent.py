@@ -152,7 +152,7 @@ async def test_a_claude_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
     )
     assert isinstance(ending, Failed)
     assert ending.code is FailureCode.AGENT_ERROR
-    assert "cannot start Claude Code: No such file" in ending.error
+    assert "No such file" in ending.error
 
 
 # Command line and environment

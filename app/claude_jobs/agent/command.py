@@ -95,6 +95,15 @@ def config_directory(home: Path) -> Path:
     return home / ".claude"
 
 
+def in_directory(directory: Path, arguments: list[str]) -> list[str]:
+    """Wrap a command so that it goes to a directory by itself, once it is a process of its own.
+
+    Whoever starts a process in a directory waits until it is there, and with it every thread of
+    this interpreter: for as long as the file server is away.
+    """
+    return ["env", f"--chdir={directory}", "--", *arguments]
+
+
 def as_user(user: AgentUser, arguments: list[str]) -> list[str]:
     """Wrap a command so that it runs as `user`, without any capability or a way to get one.
 

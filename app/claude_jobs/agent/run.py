@@ -28,6 +28,7 @@ from claude_jobs.agent.command import (
     command_line,
     config_directory,
     environment,
+    in_directory,
 )
 from claude_jobs.agent.credentials import Credentials
 from claude_jobs.agent.outcome import outcome, refuses_credentials
@@ -54,6 +55,9 @@ _TERMINATION_GRACE = 3.0
 _INTERRUPTION_GRACE = 0.7
 _INTERRUPTED_EXIT_GRACE = 0.2
 _CANCELLATION_GRACE = 0.5
+# The SDK's variable, in milliseconds, and by how many seconds it comes after our own bound.
+_SDK_PATIENCE = "CLAUDE_CODE_STREAM_CLOSE_TIMEOUT"
+_SDK_MARGIN = 60
 # How long the last lines of an agent that has ended may take to be read, in seconds.
 _LAST_LINES = 2.0
 
@@ -131,8 +135,8 @@ async def run_agent(
     )
     descriptor = credentials.pipe()
     process = AgentProcess(
-        as_user(setup.user, arguments) if setup.user else arguments,
-        cwd=directory,
+        # As the supervisor, which may go wherever the job's directory was made.
+        in_directory(directory, as_user(setup.user, arguments) if setup.user else arguments),
         env=environment(
             home=setup.home,
             base_url=setup.base_url,
@@ -148,6 +152,9 @@ async def run_agent(
         session_store_flush="eager",
         env={"CLAUDE_CONFIG_DIR": str(config)},
     )
+    # The SDK would give an agent up that does not answer for a minute, as one does not whose file
+    # server is away. How long it may be silent is for `idle_timeout` alone.
+    os.environ[_SDK_PATIENCE] = str(int((setup.idle_timeout + _SDK_MARGIN) * 1000))
     run = _Run(setup, process, ClaudeSDKClient(options, transport=process), on_frame)
     try:
         stopped = await run.to_the_end(prompt, session_id, time_limit, cancelled)

@@ -8,7 +8,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 from claude_agent_sdk import CLIConnectionError, Transport
@@ -31,13 +30,11 @@ class AgentProcess(Transport):
         self,
         arguments: list[str],
         *,
-        cwd: Path,
         env: dict[str, str],
         pass_fds: tuple[int, ...] = (),
         on_started: Callable[[int], None] | None = None,
     ) -> None:
         self._arguments = arguments
-        self._cwd = cwd
         self._env = env
         self._pass_fds = pass_fds
         self._on_started = on_started
@@ -68,7 +65,6 @@ class AgentProcess(Transport):
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                cwd=self._cwd,
                 env=self._env,
                 pass_fds=self._pass_fds,
                 start_new_session=True,

@@ -191,7 +191,8 @@ async def _status(client: Client, options: argparse.Namespace, _: View | None) -
     say(f"{status.status}: {counts.idle} of {counts.total} replicas idle, {queue.depth} jobs wait")
     for replica in counts.list:
         job = f"  job {replica.job_id}" if replica.job_id else ""
-        say(clean_line(f"  {replica.replica}  {replica.node}  {replica.status}{job}"))
+        fault = f"  {replica.fault}" if replica.fault else ""
+        say(clean_line(f"  {replica.replica}  {replica.node}  {replica.status}{job}{fault}"))
     if status.notice:
         tell(status.notice)
     return ExitCode.COMPLETED

@@ -14,13 +14,17 @@ class ReplicaStatus(StrEnum):
 
 
 class Replica(Document):
-    """What a replica announces about itself; `replica` is its container's host name."""
+    """What a replica announces about itself; `replica` is its container's host name.
+
+    `fault` says why it takes no job, though it has none.
+    """
 
     replica: str
     node: str
     status: ReplicaStatus
     since: datetime
     job_id: str | None = None
+    fault: str | None = None
 
 
 class ReplicaCounts(Document):

@@ -21,8 +21,8 @@ from claude_jobs.gateway.files import (
     PATH_PATTERN,
     continue_later,
     delete_file,
-    file_threads,
     read_file,
+    sweeping,
     write_file,
 )
 from claude_jobs.gateway.jobs import cancel_job, execute, list_jobs, show_job
@@ -53,7 +53,7 @@ def create_app(settings: GatewaySettings) -> web.Application:
     add_metrics(app)
     add_description(app, settings)
     app.cleanup_ctx.append(_connected)
-    app.cleanup_ctx.append(file_threads)
+    app.cleanup_ctx.append(sweeping)
     app.add_routes(
         [
             web.post("/api/execute", execute),
@@ -86,14 +86,21 @@ async def status(request: web.Request) -> web.Response:
     return web.Response(body=shown.to_json(), content_type="application/json")
 
 
-async def health(_: web.Request) -> web.Response:
-    """Say that this process lives."""
+async def health(request: web.Request) -> web.Response:
+    """Say that this process lives and has the workspace that all share.
+
+    Where that was mounted too late, only a new container sees it: Swarm starts one. A file server
+    that is away for a while is no reason for one.
+    """
+    request.app[STATE].shared_workspace()
     return web.json_response({"status": "ok"})
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Say whether jobs can be taken: the broker is in reach."""
-    await request.app[STATE].ready_backend().queue.depth()
+    """Say whether jobs can be taken: the broker is in reach, the workspace the shared one."""
+    state = request.app[STATE]
+    state.shared_workspace()
+    await state.ready_backend().queue.depth()
     return web.json_response({"status": "ready"})
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from claude_jobs.contract.error import ErrorCode, RequestRefusedError
 from claude_jobs.gateway.state import RETRY_AFTER
+from claude_jobs.workspace_threads import WorkspaceStalledError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ async def error_form(request: web.Request, handler: Handler) -> web.StreamRespon
         said = RequestRefusedError(code, sentence.format(path=request.path, method=request.method))
         return _response(
             said, {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+        )
+    except WorkspaceStalledError as stalled:
+        return _response(
+            RequestRefusedError(ErrorCode.UNAVAILABLE, str(stalled), retry_after=RETRY_AFTER)
         )
     except _AWAY:
         log.exception("the broker did not answer", extra={"path": request.path})

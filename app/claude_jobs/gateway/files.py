@@ -6,11 +6,10 @@ import errno
 import logging
 import mimetypes
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from email.utils import format_datetime
-from typing import TypeVar
+from functools import partial
 from urllib.parse import quote, unquote_to_bytes
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -26,6 +25,7 @@ from claude_jobs.gateway.conditions import (
 )
 from claude_jobs.gateway.state import RETRY_AFTER, STATE
 from claude_jobs.workspace import WorkspaceError
+from claude_jobs.workspace_threads import Steps, WorkspaceStalledError
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,6 @@ MAX_LIMIT = 10_000
 _CHUNK = 2**18  # bytes that are read or written at a time
 _IDLE = 60.0  # seconds that a client may keep a chunk waiting
 _SWEEP_EVERY = 24 * 3600.0  # seconds
-# A file server that does not answer holds these up, and nothing but the files.
-_THREADS = 16
-_THREAD_POOL: web.AppKey[ThreadPoolExecutor] = web.AppKey("file_threads", ThreadPoolExecutor)
 
 _MEDIA_TYPES = mimetypes.MimeTypes()
 # Agents write these files, and a browser must run nothing of them: what is not one of these is
@@ -59,19 +56,14 @@ _GUARDS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-_Result = TypeVar("_Result")
 
-
-async def file_threads(app: web.Application) -> AsyncIterator[None]:
-    """Hold the threads that touch the disk, and remove at times what crashes left there."""
-    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
-    app[_THREAD_POOL] = threads
+async def sweeping(app: web.Application) -> AsyncIterator[None]:
+    """Remove at times what crashes left in the workspace."""
     sweeper = asyncio.create_task(_sweep(app))
     yield
     sweeper.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await sweeper
-    threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def read_file(request: web.Request) -> web.StreamResponse:
@@ -80,16 +72,17 @@ async def read_file(request: web.Request) -> web.StreamResponse:
     parts = _parts(request)
     if _flag(request, "list"):
         return await _list(request, parts)
-    root = request.app[STATE].settings.workspace_dir
+    state = request.app[STATE]
+    workspace = state.shared_workspace()
     with _refusals(parts):
         try:
-            opened = await _in_thread(request, file_store.open_file, root, parts)
+            opened = await workspace.run(file_store.open_file, state.settings.workspace_dir, parts)
         except IsADirectoryError:
             raise _wrong(
                 f"{_shown(parts)} is a directory: add ?list to see what it holds"
             ) from None
-    with opened.file as file:
-        return await _download(request, parts, file.fileno(), opened.state)
+    async with workspace.holding(opened.file.close) as steps:
+        return await _download(request, parts, opened, steps)
 
 
 async def write_file(request: web.Request) -> web.Response:
@@ -101,20 +94,19 @@ async def write_file(request: web.Request) -> web.Response:
     for header in (hdrs.CONTENT_RANGE, hdrs.CONTENT_ENCODING):
         if header in request.headers:
             raise _wrong(f"{header}: send the whole file, as it is")
-    settings = request.app[STATE].settings
+    state = request.app[STATE]
+    settings, workspace = state.settings, state.shared_workspace()
     limit = settings.max_upload_bytes
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     upload = file_store.Upload(settings.workspace_dir, parts, Conditions.of(request))
-    try:
+    async with workspace.holding(upload.discard) as steps:
         with _refusals(parts):
-            await _in_thread(request, upload.begin)
+            await steps.run(upload.begin)
             await _continue(request)
             async for chunk in _body(request, limit):
-                await _in_thread(request, upload.write, chunk)
-            made, entry = await _in_thread(request, upload.commit)
-    finally:
-        await _in_thread(request, upload.discard)
+                await steps.run(upload.write, chunk)
+            made, entry = await steps.run(upload.commit)
     log.info("took a file", extra={"path": _shown(parts), "bytes": entry.size})
     return _stored(entry, parts, made=made)
 
@@ -126,12 +118,11 @@ async def delete_file(request: web.Request) -> web.Response:
     recursive = _flag(request, "recursive")
     if not parts:
         raise RequestRefusedError(ErrorCode.FORBIDDEN, "the workspace itself cannot be deleted")
-    root = request.app[STATE].settings.workspace_dir
-    conditions = Conditions.of(request)
+    state = request.app[STATE]
+    workspace, conditions = state.shared_workspace(), Conditions.of(request)
+    delete = partial(file_store.delete, recursive=recursive)
     with _refusals(parts):
-        await _in_thread(
-            request, lambda: file_store.delete(root, parts, conditions, recursive=recursive)
-        )
+        await workspace.run(delete, state.settings.workspace_dir, parts, conditions)
     return web.Response(status=204)
 
 
@@ -140,7 +131,8 @@ async def continue_later(_: web.Request) -> None:
 
 
 async def _list(request: web.Request, parts: tuple[str, ...]) -> web.Response:
-    root = request.app[STATE].settings.workspace_dir
+    state = request.app[STATE]
+    root, workspace = state.settings.workspace_dir, state.shared_workspace()
     limit, after = _limit(request), _cursor(request)
 
     def answer() -> bytes:
@@ -148,7 +140,7 @@ async def _list(request: web.Request, parts: tuple[str, ...]) -> web.Response:
 
     with _refusals(parts):
         try:
-            body = await _in_thread(request, answer)
+            body = await workspace.run(answer)
         except NotADirectoryError:
             raise _wrong(f"{_shown(parts)} is no directory: leave ?list out to read it") from None
     return web.Response(
@@ -157,8 +149,9 @@ async def _list(request: web.Request, parts: tuple[str, ...]) -> web.Response:
 
 
 async def _download(
-    request: web.Request, parts: tuple[str, ...], descriptor: int, state: os.stat_result
+    request: web.Request, parts: tuple[str, ...], opened: file_store.OpenFile, steps: Steps
 ) -> web.StreamResponse:
+    state = opened.state
     version, conditions = Version.of(state), Conditions.of(request)
     if not conditions.hold_for_reading(version):
         raise _condition_failed(parts)
@@ -179,14 +172,18 @@ async def _download(
     response = web.StreamResponse(status=200 if part is None else 206, headers=headers)
     await response.prepare(request)
     if _is_get(request):
-        await _send(request, response, descriptor, asked)
+        await _send(request, response, opened.file.fileno(), asked, steps)
     return response
 
 
 async def _send(
-    request: web.Request, response: web.StreamResponse, descriptor: int, asked: range
+    request: web.Request,
+    response: web.StreamResponse,
+    descriptor: int,
+    asked: range,
+    steps: Steps,
 ) -> None:
-    """Send these bytes. A file that got shorter meanwhile breaks the connection off.
+    """Send these bytes. A file that got shorter or away meanwhile breaks the connection off.
 
     It is read in threads: sendfile would read from the disk, or the file server, in the event
     loop.
@@ -194,13 +191,13 @@ async def _send(
     try:
         for start in range(asked.start, asked.stop, _CHUNK):
             size = min(_CHUNK, asked.stop - start)
-            data = await _in_thread(request, os.pread, descriptor, size, start)
+            data = await steps.run(os.pread, descriptor, size, start)
             if len(data) < size:
                 raise EOFError("the file became shorter while it was sent")
             async with asyncio.timeout(_IDLE):
                 await response.write(data)
         await response.write_eof()
-    except (OSError, EOFError, TimeoutError) as error:
+    except (OSError, EOFError, TimeoutError, WorkspaceStalledError) as error:
         # The answer has begun: all that is left is not to end it as if it were whole.
         if not isinstance(error, ConnectionError):
             log.warning("broke a download off", extra={"cause": str(error) or repr(error)})
@@ -239,24 +236,14 @@ async def _continue(request: web.Request) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-async def _in_thread(
-    request: web.Request, step: Callable[..., _Result], *arguments: object
-) -> _Result:
-    """Run a step on the disk to its end: when this is cancelled, only then."""
-    loop = asyncio.get_running_loop()
-    running = loop.run_in_executor(request.app[_THREAD_POOL], step, *arguments)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
-
-
 async def _sweep(app: web.Application) -> None:
-    loop, root = asyncio.get_running_loop(), app[STATE].settings.workspace_dir
+    state = app[STATE]
     while True:
         try:
-            removed = await loop.run_in_executor(app[_THREAD_POOL], file_store.sweep, root)
+            # It may take hours, and then as long as the file server is away: nobody waits for it.
+            removed = await asyncio.wrap_future(
+                state.threads.submit(file_store.sweep, state.settings.workspace_dir)
+            )
         except OSError:
             log.exception("could not look for abandoned uploads")
         else:

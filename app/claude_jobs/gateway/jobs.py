@@ -39,8 +39,9 @@ async def execute(request: web.Request) -> web.StreamResponse:
     """Accept a job and stream it from `queued` to its terminal event, or answer with its record."""
     state = request.app[STATE]
     backend = state.ready_backend()
+    workspace = state.shared_workspace()
     key = read_idempotency_key(request)
-    asked = await read_job_request(request, state.settings)
+    asked = await read_job_request(request, state.settings, workspace)
     # A client that goes away at this moment leaves no half-made job behind.
     accepted = await asyncio.shield(
         submit(backend, state.settings, request[CLIENT], asked, key=key)

@@ -67,7 +67,7 @@ REFUSALS: dict[ErrorCode, str] = {
     ErrorCode.RANGE_NOT_SATISFIABLE: "the file has no such bytes; `Content-Range` tells its size",
     ErrorCode.QUEUE_FULL: "the queue, or this token's share of it, is full",
     ErrorCode.INTERNAL: "a fault of the gateway; its log says why",
-    ErrorCode.UNAVAILABLE: "the job broker is out of reach",
+    ErrorCode.UNAVAILABLE: "the job broker or the workspace is out of reach",
 }
 
 
@@ -720,8 +720,10 @@ _HEALTH = _operation(
     "pool",
     "health",
     "Tell whether the gateway lives",
-    "Says that this process lives. Needs no token.",
+    "Says that this process lives, and that its workspace is the one that all nodes share. "
+    "Needs no token.",
     {"200": _json("It lives.", "Health", {"status": "ok"})},
+    ErrorCode.UNAVAILABLE,  # of the workspace, not of the broker
     is_open=True,
     needs_broker=False,
 )
@@ -729,7 +731,8 @@ _READY = _operation(
     "pool",
     "ready",
     "Tell whether jobs can be taken",
-    "Says whether the job broker is in reach. Needs no token.",
+    "Says whether the job broker is in reach and the workspace is the one that all nodes share. "
+    "Needs no token.",
     {"200": _json("Jobs can be taken.", "Readiness", {"status": "ready"})},
     is_open=True,
 )

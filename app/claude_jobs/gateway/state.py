@@ -17,8 +17,10 @@ from claude_jobs.bus.submissions import Submissions
 from claude_jobs.contract.error import ErrorCode, RequestRefusedError
 from claude_jobs.gateway.positions import Positions
 from claude_jobs.settings import GatewaySettings
+from claude_jobs.workspace_mount import WorkspaceMount
+from claude_jobs.workspace_threads import WorkspaceThreads
 
-# Seconds after which a client may try again when the broker is away.
+# Seconds after which a client may try again when the broker or the workspace is away.
 RETRY_AFTER = 2
 
 
@@ -59,11 +61,17 @@ class Backend:
 
 @dataclass
 class GatewayState:
-    """The settings, and the broker once it has been reached."""
+    """The settings, the workspace, and the broker once it has been reached."""
 
     settings: GatewaySettings
     backend: Backend | None = None
     streams: set[web.StreamResponse] = field(default_factory=set)
+    mount: WorkspaceMount = field(init=False)
+    threads: WorkspaceThreads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mount = WorkspaceMount(self.settings)
+        self.threads = WorkspaceThreads(self.settings.workspace_dir)
 
     def ready_backend(self) -> Backend:
         """Return the broker's parts; raises `RequestRefusedError` (503) while it is away."""
@@ -74,6 +82,20 @@ class GatewayState:
                 retry_after=RETRY_AFTER,
             )
         return self.backend
+
+    def shared_workspace(self) -> WorkspaceThreads:
+        """Return what may touch the workspace; raises `RequestRefusedError` (503) for a wrong one.
+
+        The sentence is for anybody: addresses of the file server are for the log alone.
+        """
+        if self.mount.fault() is not None:
+            raise RequestRefusedError(
+                ErrorCode.UNAVAILABLE,
+                f"the workspace of node {self.settings.node_name} is not the shared one: "
+                "the gateway's log says what is mounted there",
+                retry_after=RETRY_AFTER,
+            )
+        return self.threads
 
 
 STATE: web.AppKey[GatewayState] = web.AppKey("state", GatewayState)

@@ -24,9 +24,10 @@ from claude_jobs.gateway.auth import Client
 from claude_jobs.gateway.errors import sentence_for
 from claude_jobs.gateway.positions import waiting_jobs
 from claude_jobs.gateway.settlement import is_over
-from claude_jobs.gateway.state import Backend
+from claude_jobs.gateway.state import RETRY_AFTER, Backend
 from claude_jobs.settings import GatewaySettings, WorkspaceMode
 from claude_jobs.workspace import WorkspaceError, job_directory, resolve
+from claude_jobs.workspace_threads import WorkspaceThreads
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,13 @@ class Accepted:
     first: int
 
 
-async def read_job_request(request: web.Request, settings: GatewaySettings) -> JobRequest:
-    """Read and check the body; raises `RequestRefusedError` with the field that is wrong."""
+async def read_job_request(
+    request: web.Request, settings: GatewaySettings, workspace: WorkspaceThreads
+) -> JobRequest:
+    """Read and check the body; raises `RequestRefusedError` with the field that is wrong.
+
+    Raises `WorkspaceStalledError` when nobody can tell whether the job's directory is right.
+    """
     try:
         asked = JobRequest.model_validate_json(
             await _body(request, settings.max_request_bytes), by_alias=True, by_name=False
@@ -61,9 +67,16 @@ async def read_job_request(request: web.Request, settings: GatewaySettings) -> J
                 ErrorCode.INVALID_REQUEST, f"{field}: must not exceed this server's {limit}"
             )
     try:
-        await asyncio.to_thread(resolve, settings.workspace_dir, asked.workspace)
+        await workspace.run(resolve, settings.workspace_dir, asked.workspace)
     except WorkspaceError as error:
         raise RequestRefusedError(ErrorCode.INVALID_REQUEST, f"workspace: {error}") from None
+    except OSError as error:
+        log.error("the workspace failed", extra={"cause": str(error) or repr(error)})
+        raise RequestRefusedError(
+            ErrorCode.UNAVAILABLE,
+            "the workspace's disk or file server failed: try again shortly",
+            retry_after=RETRY_AFTER,
+        ) from None
     return asked
 
 

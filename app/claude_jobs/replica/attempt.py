@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nats.errors
 from nats.js.errors import APIError
@@ -39,6 +39,7 @@ from claude_jobs.replica.recovery import ReplicaLivesError, Start, hand_over, ta
 from claude_jobs.replica.tenure import Tenure
 from claude_jobs.settings import ReplicaSettings
 from claude_jobs.workspace import WorkspaceError, prepare
+from claude_jobs.workspace_threads import WorkspaceThreads
 
 if TYPE_CHECKING:
     from claude_jobs.agent.run import AgentSetup
@@ -193,11 +194,8 @@ class Attempt:
         settings = self._settings
         try:
             credentials = parse_credentials(_credentials_text(settings))
-            directory = await asyncio.to_thread(prepare, settings.workspace_dir, job.workspace)
         except CredentialsError as error:
             return Failed(code=FailureCode.CREDENTIALS, error=str(error))
-        except (WorkspaceError, OSError) as error:
-            return Failed(code=FailureCode.AGENT_ERROR, error=f"the workspace is unusable: {error}")
         from claude_jobs.agent.run import run_agent  # noqa: PLC0415 - see _load_sdk
 
         async def publish(line: Line) -> None:
@@ -207,6 +205,13 @@ class Attempt:
         cancelled = asyncio.Event()
         cancellation = asyncio.create_task(self._set_when_cancelled(job.id, cancelled))
         try:
+            directory = await self._directory(job, cancelled)
+            if directory is None:
+                return Failed(
+                    code=FailureCode.CANCELLED,
+                    error="the job was cancelled",
+                    session_id=start.session_id,
+                )
             return await run_agent(
                 _setup(settings),
                 credentials,
@@ -223,6 +228,8 @@ class Attempt:
                 on_frame=publish,
                 cancelled=cancelled,
             )
+        except WorkspaceError as error:
+            return Failed(code=FailureCode.AGENT_ERROR, error=f"the workspace is unusable: {error}")
         except NoSavedSessionError:
             return Failed(
                 code=FailureCode.AGENT_ERROR,
@@ -233,6 +240,29 @@ class Attempt:
             cancellation.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await cancellation
+
+    async def _directory(self, job: Job, cancelled: asyncio.Event) -> Path | None:
+        """Make the job's directory, however long the file server takes; None when cancelled.
+
+        The lease is kept meanwhile. The thread ends with this process at the latest.
+        """
+        threads = WorkspaceThreads(self._settings.workspace_dir, count=1)
+        making = asyncio.wrap_future(
+            threads.submit(prepare, self._settings.workspace_dir, job.workspace)
+        )
+        waiting = asyncio.create_task(cancelled.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {making, waiting}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not making.done():
+                return None
+        finally:
+            waiting.cancel()
+            making.cancel()
+        try:
+            return making.result()
+        except OSError as error:
+            raise WorkspaceError(str(error)) from error
 
     async def _give_up(self, job: Job, writer: EventWriter, cause: BaseException | None) -> None:
         """Do what is left to do for a job that this replica holds no longer."""

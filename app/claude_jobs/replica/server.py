@@ -1,16 +1,25 @@
-"""What a replica answers over HTTP: that it lives, and whether it works. It accepts no job."""
+"""What a replica answers over HTTP: that it is well, and whether it works. It accepts no job."""
 
 from collections.abc import Callable
 
 from aiohttp import web
 
+from claude_jobs.contract.error import HTTP_STATUS, ErrorBody, ErrorCode
 from claude_jobs.contract.status import Replica
 
 
-def create_app(state: Callable[[], Replica]) -> web.Application:
-    """Make the application; `state` tells what the replica does at the moment."""
+def create_app(state: Callable[[], Replica], fault: Callable[[], str | None]) -> web.Application:
+    """Make the application; `state` tells what the replica does at the moment.
+
+    `fault` tells why Swarm should start another container in place of this one, if it should.
+    """
 
     async def health(_: web.Request) -> web.Response:
+        if (sentence := fault()) is not None:
+            body = ErrorBody(error=sentence, code=ErrorCode.UNAVAILABLE)
+            return web.Response(
+                status=HTTP_STATUS[body.code], body=body.to_json(), content_type="application/json"
+            )
         return web.json_response({"status": "ok"})
 
     async def status(_: web.Request) -> web.Response:
