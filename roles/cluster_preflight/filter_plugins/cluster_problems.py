@@ -28,6 +28,12 @@ SWARM_PORTS = {("tcp", 2377), ("tcp", 7946), ("udp", 7946), ("udp", 4789)}
 ENGINE_PROCESSES = frozenset({"dockerd", "docker-proxy"})
 # Listens for a preflight that was broken off, and is ended by the next one.
 OUR_LISTENER = "cluster-reach"
+KERNEL_PURPOSES = {
+    "ip_vs": "balance ports and names (IPVS)",
+    "vxlan": "carry networks over several machines (VXLAN)",
+    "nfs": "mount NFS",
+    "nfsd": "serve NFS",
+}
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 OUTCOMES = {
     "silent": "nothing comes back, as when a firewall drops it",
@@ -277,16 +283,17 @@ def _held(nodes: Mapping[str, Json], port: int, found: Findings) -> None:
 
 
 def _kernels(nodes: Mapping[str, Json], nfs_server: str, found: Findings) -> None:
+    lacking: dict[str, tuple[str, ...]] = {}
     for name, node in nodes.items():
-        needed = {"ip_vs": "balance ports and names (IPVS)", "vxlan": "carry networks over several machines (VXLAN)"}
-        if nfs_server:
-            needed |= {"nfsd": "serve NFS"} if name == nfs_server else {"nfs": "mount NFS"}
-        missing = {part: purpose for part, purpose in needed.items() if not node["kernel"].get(part, True)}
-        if missing:
-            found.problems.append(
-                f"The kernel of {name} cannot {_names(missing.values())}: no {_names(missing)}. Boot one with these "
-                "modules (apt install linux-image-amd64), or leave the machine out."
-            )
+        needed = ["ip_vs", "vxlan"] + ([] if not nfs_server else ["nfsd"] if name == nfs_server else ["nfs"])
+        lacking[name] = tuple(part for part in needed if not node["kernel"].get(part, True))
+    for parts, names in _groups(lacking).items():
+        if not parts:
+            continue
+        found.problems.append(
+            f"The kernel of {_names(names)} cannot {_names(KERNEL_PURPOSES[part] for part in parts)}: it has no "
+            f"{_names(parts)}. Boot one that has (apt install linux-image-amd64), or leave the machine out."
+        )
 
 
 def _replicas(nodes: Mapping[str, Json], wanted: Json, found: Findings) -> None:
@@ -320,10 +327,6 @@ def _apart(nodes: Mapping[str, Json]) -> Callable[[str, str], bool]:
     return lambda one, other: not any(one in names or other in names for names in mixed)
 
 
-def _ports(ports: Iterable[tuple[str, int]]) -> str:
-    return _names(f"{protocol} {port}" for protocol, port in ports)
-
-
 def _reach(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings) -> None:
     apart = _apart(nodes)
     tried: dict[tuple[str, str], dict[tuple[str, int], str]] = defaultdict(dict)
@@ -335,40 +338,42 @@ def _reach(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings
         pair: frozenset(port for port, outcome in ports.items() if outcome != "open") for pair, ports in tried.items()
     }
 
-    def how(pairs: Iterable[tuple[str, str]]) -> str:
+    def how(pairs: list[tuple[str, str]]) -> str:
+        ports = _names(f"{protocol} {port}" for pair in pairs for protocol, port in failed[pair])
+        whole = all(failed[pair] == tried[pair].keys() for pair in pairs) and len(tried[pairs[0]]) > 1
         outcomes = sorted({tried[pair][port] for pair in pairs for port in failed[pair]})
-        return "; ".join(OUTCOMES[outcome] for outcome in outcomes)
+        return f"on {'any of ' * whole}{ports}: {'; '.join(OUTCOMES[outcome] for outcome in outcomes)}"
 
     def place(peer: str) -> str:
         return f"{peer} ({nodes[peer]['address']})" if peer in nodes else f"the NFS server {peer}"
 
     left = {pair for pair, ports in failed.items() if ports}
-    for which, other in ((1, 0), (0, 1)):  # first those that nobody reaches, then those that reach nobody
-        for name in sorted({pair[which] for pair in left}):
-            whole = [pair for pair in failed if pair[which] == name]
-            if len(whole) < 2 or not all(failed[pair] for pair in whole):
-                continue
-            ports = _ports(frozenset[tuple[str, int]]().union(*(failed[pair] for pair in whole)))
-            if which == 1:
-                found.problems.append(
-                    f"No other machine reaches {place(name)} on {ports}: {how(whole)}. Open that in the firewall of "
-                    f"{name} for {_names(pair[other] for pair in whole)}."
-                )
-            elif any(pair in left for pair in whole):
-                found.problems.append(
-                    f"{name} reaches no other machine on {ports}: {how(whole)}. Look at what the firewall of {name} "
-                    "lets out, and at its network."
-                )
-            left -= set(whole)
-    for pair in sorted(left, key=lambda one: (one[1], one[0])):
+    for name in sorted({peer for _, peer in left}):
+        pairs = [pair for pair in failed if pair[1] == name]
+        if len(pairs) > 1 and left.issuperset(pairs):
+            left -= set(pairs)
+            found.problems.append(
+                f"No other machine reaches {place(name)} {how(pairs)}. Open that in the firewall of {name} for "
+                f"{_names(asker for asker, _ in pairs)}, and look at its network."
+            )
+    for name in sorted({asker for asker, _ in left}):
+        pairs = [pair for pair in failed if pair[0] == name]
+        if len(pairs) > 1 and all(failed[pair] for pair in pairs):
+            left -= set(pairs)
+            found.problems.append(
+                f"{name} reaches no other machine {how(pairs)}. Look at what the firewall of {name} lets out, and "
+                "at its network."
+            )
+    for asker, peer in sorted(left, key=lambda pair: (pair[1], pair[0])):
         found.problems.append(
-            f"{pair[0]} does not reach {place(pair[1])} on {_ports(failed[pair])}: {how([pair])}. Open that in the "
-            f"firewall of {pair[1]} for {pair[0]} ({nodes[pair[0]]['address']})."
+            f"{asker} does not reach {place(peer)} {how([(asker, peer)])}. Open that in the firewall of {peer} for "
+            f"{asker} ({nodes[asker]['address']})."
         )
 
 
 def _paths(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings) -> None:
     apart = _apart(nodes)
+    stuck: dict[tuple[int, int], list[tuple[str, str]]] = defaultdict(list)  # by MTU and what passes: from whom to whom
     for name, result in sorted(reach.items()):
         paths = {peer: path for peer, path in result["paths"].items() if apart(name, peer) and path["source"]}
         address = nodes[name]["address"]
@@ -380,29 +385,24 @@ def _paths(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings
                 f"{name} sends to {_names(peers)} from {source}, not from its address {address}, and what Swarm "
                 f"sends from there is dropped. Set node_address of {name} to {source}, or correct its routes."
             )
-        # A smaller MTU on the way does no harm where routers say so and the kernel learns it.
-        stuck = {
-            peer: path
-            for peer, path in paths.items()
-            if 0 < path["passes"] < path["mtu"] and path["learned"] > path["passes"]
-        }
-        if stuck:
-            most = min(path["passes"] for path in stuck.values())
-            mtu = max(path["mtu"] for path in stuck.values())
-            found.problems.append(
-                f"{name} sends packets of up to {mtu} bytes (the MTU of {nodes[name]['interface']}), but to "
-                f"{_names(stuck)} only {most} arrive, and nothing says so: connections would hang. Set the MTU of "
-                "all machines to what the network between them carries."
-            )
-        small = {
-            peer: path for peer, path in paths.items() if peer not in stuck and 0 < path["learned"] < OVERLAY_PACKET
-        }
+        for peer, path in paths.items():
+            # A smaller MTU on the way does no harm where routers say so and the kernel learns it.
+            if 0 < path["passes"] < path["mtu"] and path["learned"] > path["passes"]:
+                stuck[path["mtu"], path["passes"]].append((name, peer))
+        small = {peer: path for peer, path in paths.items() if 0 < path["learned"] < OVERLAY_PACKET}
         if small:
             found.warnings.append(
                 f"{name} sends packets of only {min(path['learned'] for path in small.values())} bytes to "
                 f"{_names(small)}; Swarm's have {OVERLAY_PACKET} and will be sent in pieces, which is slow. Raise "
                 "the MTU if the network allows it."
             )
+    for (mtu, most), pairs in sorted(stuck.items()):
+        senders, receivers = zip(*pairs, strict=True)
+        found.problems.append(
+            f"Of the packets of up to {mtu} bytes (the MTU) that {_names(senders)} may send, only those of up to "
+            f"{most} arrive at {_names(receivers)}, and nothing says so: connections would hang. Set the MTU of all "
+            "machines to what the network between them carries."
+        )
 
 
 def _clocks(nodes: Mapping[str, Json], reach: Mapping[str, Json], most: float, found: Findings) -> None:
@@ -447,6 +447,7 @@ def cluster_problems(nodes: Mapping[str, Json], reach: Mapping[str, Json], wante
     the machines that could not be looked at, with the reason.
     """
     found = Findings()
+    nodes = dict(sorted(nodes.items()))
     for name, reason in sorted(wanted["unknown"].items()):
         found.warnings.append(
             f"{name} is left out by --limit and could not be looked at ({reason.strip().rstrip('.')}). Nothing "

@@ -228,9 +228,9 @@ def end_leftovers() -> None:
                 and (process / "ns/net").stat().st_ino == network
             ):
                 os.kill(int(process.name), signal.SIGTERM)
-                found.append(process)
+                found.append(process / "ns/net")  # gone as soon as it is dead, whoever takes note of that
     deadline = time.monotonic() + 2
-    while any(process.exists() for process in found) and time.monotonic() < deadline:
+    while any(sign.exists() for sign in found) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
