@@ -1,0 +1,64 @@
+"""Finds out whether this host can run a kernel under KVM. A device file alone says little."""
+
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import cache
+
+QEMU = "qemu-system-x86_64"
+PROBE_SECONDS = 20
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# The end of a kernel that found no root file system, so one that ran until there.
+_KERNEL_RAN = "Unable to mount root"
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """How a machine's CPU is run."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+KVM = Accelerator("kvm", ("-accel", "kvm", "-cpu", "host"))
+# A newer model of CPU has instructions that cost more to emulate than they save.
+TCG = Accelerator("tcg", ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "Haswell-v4"))
+
+
+def best(kernel: Path) -> Accelerator:
+    """Return what runs the kernel; tried once in each boot of the host."""
+    boot = _BOOT_ID.read_text().strip()
+    known = cache.directory() / f"accelerator-{boot}"
+    if not known.exists():
+        found = KVM if os.access("/dev/kvm", os.R_OK | os.W_OK) and _runs(kernel) else TCG
+        for old in known.parent.glob("accelerator-*"):
+            old.unlink()
+        new = known.with_suffix(f".{os.getpid()}")
+        new.write_text(found.name)
+        new.rename(known)
+    return KVM if known.read_text() == KVM.name else TCG
+
+
+def _runs(kernel: Path) -> bool:
+    """Boot the kernel under KVM without a disk, and see whether it gets far enough to miss it."""
+    with tempfile.TemporaryDirectory() as directory:
+        serial = Path(directory) / "serial"
+        command = [
+            *(QEMU, "-machine", "q35", *KVM.options, "-m", "512", "-nodefaults", "-display", "none"),
+            *("-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel)),
+            *("-append", "console=ttyS0 panic=-1"),
+        ]
+        try:
+            subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=PROBE_SECONDS,
+                check=True,
+            )
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+            return False
+        return _KERNEL_RAN in serial.read_text(errors="replace")

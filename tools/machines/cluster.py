@@ -1,0 +1,162 @@
+"""The machines of one state directory: they share a LAN that no other machine is on."""
+
+import json
+import random
+import re
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cache
+import image
+from machine import USER, Description, Machine
+from trouble import Trouble
+
+# Emulated, on a busy host; an idle one takes half a minute.
+START_SECONDS = 600
+# Below the ports that the kernel gives to outgoing connections.
+PORTS = range(20000, 32000)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A machine that is wanted."""
+
+    name: str
+    release: str
+    address: str
+    memory_mb: int = 2048
+    cpus: int = 2
+    disk_gb: int = 16
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", self.name):
+            raise Trouble(f"'{self.name}' is not a host name of small letters, digits and dashes.")
+
+
+class Cluster:
+    """The machines of a state directory."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state.resolve()
+
+    def machines(self) -> list[Machine]:
+        """Return all machines, those included that were made by half."""
+        if not self.state.is_dir():
+            return []
+        return [Machine(path) for path in sorted(self.state.iterdir()) if path.is_dir()]
+
+    def machine(self, name: str) -> Machine:
+        """Return one machine by its name."""
+        machine = Machine(self.state / name)
+        if not machine.exists:
+            raise Trouble(f"There is no machine '{name}' in {self.state}.")
+        return machine
+
+    def start(self, requests: list[Request]) -> None:
+        """Make the machines that are not there yet, start all of them and wait until they answer."""
+        images = {request.release: image.ready(request.release) for request in requests}
+        self.state.mkdir(parents=True, exist_ok=True)
+        lan_port = self._lan_port()
+        for request in requests:
+            directory = self.state / request.name
+            if Machine(directory).exists:
+                continue
+            description = Description(
+                **vars(request),
+                image=str(images[request.release].directory),
+                ssh_port=self._free_ssh_port(),
+                lan_port=lan_port,
+            )
+            Machine.create(directory, description)
+        self.power_on([request.name for request in requests])
+
+    def power_on(self, names: list[str]) -> None:
+        """Start machines and wait until they answer."""
+        machines = [self.machine(name) for name in names]
+        for machine in machines:
+            machine.power_on()
+        with ThreadPoolExecutor(max(len(machines), 1)) as executor:
+            list(executor.map(_await_answer, machines))
+
+    def destroy(self) -> None:
+        """Take away every machine and the directory."""
+        for machine in self.machines():
+            machine.power_off()
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Return what each machine is and whether it runs."""
+        return {
+            machine.name: vars(machine.description) | {"running": machine.pid() is not None}
+            for machine in self.machines()
+            if machine.exists
+        }
+
+    def inventory(self) -> dict[str, Any]:
+        """Return how Ansible reaches the machines: an inventory without groups."""
+        hosts = {
+            machine.name: {
+                "ansible_host": "127.0.0.1",
+                "ansible_port": machine.description.ssh_port,
+                "ansible_user": USER,
+                "ansible_ssh_private_key_file": str(cache.ssh_key()),
+                # The key is already in what these options say; Ansible repeats it.
+                "ansible_ssh_common_args": " ".join(machine.ssh_options()),
+                "ansible_python_interpreter": "/usr/bin/python3",
+                "machine_state": str(self.state),
+            }
+            for machine in self.machines()
+            if machine.exists
+        }
+        return {"all": {"hosts": hosts}}
+
+    def _lan_port(self) -> int:
+        recorded = self.state / "lan-port"
+        if not recorded.exists():
+            recorded.write_text(f"{_free_port(socket.SOCK_DGRAM, set())}\n")
+        return int(recorded.read_text())
+
+    def _free_ssh_port(self) -> int:
+        taken = {
+            machine.description.ssh_port for machine in self.machines() if machine.exists
+        }
+        return _free_port(socket.SOCK_STREAM, taken)
+
+
+def _free_port(kind: socket.SocketKind, taken: set[int]) -> int:
+    """Return a port that nobody holds, outside of those taken by machines that may be off."""
+    for port in random.sample(PORTS, 100):  # noqa: S311 - not a secret
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        if port not in taken:
+            return port
+    raise Trouble(f"No port between {PORTS.start} and {PORTS.stop} is free.")
+
+
+def _await_answer(machine: Machine) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not machine.answers():
+        if machine.pid() is None:
+            raise Trouble(f"QEMU of {machine.name} has ended. Its console:\n{machine.console_end()}")
+        if time.monotonic() > deadline:
+            raise Trouble(
+                f"{machine.name} does not answer after {START_SECONDS} s. "
+                f"Its console:\n{machine.console_end()}"
+            )
+        time.sleep(0.5)
+
+
+def requests(text: str) -> list[Request]:
+    """Read the wanted machines from a JSON object of names and descriptions."""
+    try:
+        return [Request(name, **wanted) for name, wanted in json.loads(text).items()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Trouble(f"The machines are not described as they should be: {error}.") from error

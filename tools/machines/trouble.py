@@ -1,0 +1,5 @@
+"""What went wrong, in a sentence for the person who started the program."""
+
+
+class Trouble(Exception):
+    """The work cannot be done; the message says why."""
