@@ -69,7 +69,8 @@ class Cluster:
             description = Description(
                 **vars(request),
                 image=str(images[request.release].directory),
-                ssh_port=self._free_ssh_port(),
+                ssh_port=self._free_port(),
+                api_port=self._free_port(),
                 lan_port=lan_port,
             )
             Machine.create(directory, description)
@@ -108,7 +109,7 @@ class Cluster:
                 # The key is already in what these options say; Ansible repeats it.
                 "ansible_ssh_common_args": " ".join(machine.ssh_options()),
                 "ansible_python_interpreter": "/usr/bin/python3",
-                "machine_state": str(self.state),
+                "machine_api_port": machine.description.api_port,
             }
             for machine in self.machines()
             if machine.exists
@@ -121,10 +122,9 @@ class Cluster:
             recorded.write_text(f"{_free_port(socket.SOCK_DGRAM, set())}\n")
         return int(recorded.read_text())
 
-    def _free_ssh_port(self) -> int:
-        taken = {
-            machine.description.ssh_port for machine in self.machines() if machine.exists
-        }
+    def _free_port(self) -> int:
+        described = [machine.description for machine in self.machines() if machine.exists]
+        taken = {port for one in described for port in (one.ssh_port, one.api_port)}
         return _free_port(socket.SOCK_STREAM, taken)
 
 

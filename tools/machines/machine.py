@@ -21,6 +21,8 @@ USER = "admin"
 # Encrypts fastest of all on an emulated CPU.
 CIPHER = "aes128-gcm@openssh.com"
 STOP_SECONDS = 90
+# What the pool publishes (app_stack_port).
+API_PORT = 3000
 # What a kernel does for safety or to watch itself takes seconds on an emulated CPU.
 LESS_TO_EMULATE = (
     "loglevel=4",
@@ -42,6 +44,7 @@ class Description:
     address: str
     image: str
     ssh_port: int
+    api_port: int
     lan_port: int
     memory_mb: int = 2048
     cpus: int = 2
@@ -199,7 +202,10 @@ def _command(description: Description, image: Image) -> list[str]:
         *(f"systemd.hostname={description.name}", f"systemd.machine_id={identity[:32]}"),
         f"machine.lan={description.address}/24",
     ]
-    access = f"user,id=access,hostfwd=tcp:127.0.0.1:{description.ssh_port}-:22"
+    forwards = {description.ssh_port: 22, description.api_port: API_PORT}
+    access = ",".join(
+        ["user,id=access", *(f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in forwards.items())]
+    )
     lan = f"socket,id=lan,mcast=230.0.0.1:{description.lan_port},localaddr=127.0.0.1"
     return [
         *(accelerator.QEMU, "-name", description.name, "-machine", "q35,i8042=off,hpet=off,vmport=off,smbus=off,sata=off"),

@@ -371,6 +371,16 @@ def _reach(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings
         )
 
 
+def _strangers(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings) -> None:
+    """A machine that is left out (--limit) cannot be told of one that is new."""
+    for peer in sorted(nodes.keys() - reach.keys()):
+        if new := [asker for asker in sorted(reach) if asker in nodes and _shut_out(asker, peer, nodes)]:
+            found.problems.append(
+                f"The firewall of {peer} does not know {_names(new)} yet, and {peer} is left out of this run. Run it once "
+                "without --limit."
+            )
+
+
 def _paths(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Findings) -> None:
     apart = _apart(nodes)
     stuck: dict[tuple[int, int], list[tuple[str, str]]] = defaultdict(list)  # by MTU and what passes: from whom to whom
@@ -465,6 +475,7 @@ def cluster_problems(nodes: Mapping[str, Json], reach: Mapping[str, Json], wante
         _held(nodes, wanted["port"], found)
         _kernels(nodes, wanted["nfs_server"], found)
         _reach(nodes, reach, found)
+        _strangers(nodes, reach, found)
         _paths(nodes, reach, found)
         _clocks(nodes, reach, wanted["clock_skew_seconds"], found)
     return dataclasses.asdict(found)
@@ -487,16 +498,24 @@ def cluster_listens(node: Json, tcp_ports: list[int], udp_ports: list[int]) -> d
     }
 
 
+def _shut_out(asker: str, peer: str, nodes: Mapping[str, Json]) -> bool:
+    """Return whether our own firewall, from an earlier run, does not know a machine that has joined the inventory since."""
+    admits = nodes[peer]["admits"]
+    return admits is not None and nodes[asker]["address"] not in admits
+
+
 def cluster_peers(
-    nodes: Mapping[str, Json], listening: Mapping[str, Json], nfs_server: str = ""
+    nodes: Mapping[str, Json], listening: Mapping[str, Json], asker: str, nfs_server: str = ""
 ) -> list[dict[str, Any]]:
-    """Return what every machine shall try: the ports on which our listener answers, and the real services' over TCP.
+    """Return what ``asker`` shall try: the ports on which our listener answers, and the real services' over TCP.
 
     ``listening`` has what cluster_reach returned on those machines that listen. An NFS server that is none of the
-    machines is tried by its address.
+    machines is tried by its address. Machines whose firewall learns of ``asker`` only in this run are left out.
     """
     peers = []
     for name, node in sorted(nodes.items()):
+        if _shut_out(asker, name, nodes):
+            continue
         ours = listening.get(name, {})
         echoes = [{**one, "echo": True} for one in ours.get("listening", [])]
         known = {(one["protocol"], one["port"]) for one in echoes}

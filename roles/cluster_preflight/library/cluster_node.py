@@ -43,6 +43,10 @@ options:
     type: list
     elements: str
     default: [ip_vs, vxlan, nfs, nfsd, esp4]
+  firewall_rules:
+    description: File with the rules that the role firewall made here on an earlier run.
+    type: path
+    default: /etc/claude-code-firewall.nft
   asked:
     description: The time (seconds since 1970) at which the question left the machine that asks.
     type: float
@@ -70,7 +74,8 @@ node:
   description: >-
     hostname, machine_id, boot_id, network (namespace); address with its interface, prefix and mtu; addresses, routes;
     clock (seconds ahead of who asks, with the time that the question took); cores, memory (bytes), disk (where Docker
-    keeps its data); engine, swarm, kernel (part to whether it can be had), init, held (ports and who listens there).
+    keeps its data); engine, swarm, kernel (part to whether it can be had), init, held (ports and who listens there),
+    admits (addresses that our own firewall lets in, null without it).
   type: dict
   returned: always
 """
@@ -112,6 +117,13 @@ def _run(*command: str) -> tuple[int, str]:
 
 
 # Addresses and routes
+
+
+def admitted(rules: str) -> list[str] | None:
+    """Return the nodes' addresses in the rules of the role firewall; None when there are no rules."""
+    if not rules:
+        return None
+    return re.findall(r"[\d.]+", "".join(re.findall(r"set nodes4 {[^}]*elements = {([^}]*)}", rules)))
 
 
 def addresses(links: Iterable[Mapping[str, Any]]) -> list[Json]:
@@ -310,6 +322,7 @@ def look(wanted: Mapping[str, Any]) -> Json:
         "mtu": place.get("mtu", 0),
         "addresses": own,
         "routes": routes(json.loads(_run("ip", "-json", "-4", "route", "show")[1] or "[]")),
+        "admits": admitted(_text(wanted["firewall_rules"])),
         "clock": clock,
         "cores": info.get("NCPU") or len(os.sched_getaffinity(0)),
         "memory": info.get("MemTotal") or memory(_text("/proc/meminfo")),
@@ -329,6 +342,7 @@ def main() -> None:
             "tcp_ports": {"type": "list", "elements": "int", "default": []},
             "udp_ports": {"type": "list", "elements": "int", "default": []},
             "modules": {"type": "list", "elements": "str", "default": ["ip_vs", "vxlan", "nfs", "nfsd", "esp4"]},
+            "firewall_rules": {"type": "path", "default": "/etc/claude-code-firewall.nft"},
             "asked": {"type": "float", "default": 0},
             "socket": {"type": "path", "default": "/var/run/docker.sock"},
         },

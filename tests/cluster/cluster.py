@@ -1,0 +1,115 @@
+"""A deployed cluster: its machines over ssh, and its API on every node."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import testinfra
+from testinfra.host import Host
+from testinfra.utils.ansible_runner import AnsibleRunner
+
+from claude_jobs.client import Client, ClientError
+
+STACK = "claude-code-stack"
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T | None], what: str, *, seconds: float) -> T:
+    """Ask until the answer is true and return it; fail with `what` after `seconds`."""
+    give_up = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < give_up, f"not within {seconds:.0f} s: {what}"
+        time.sleep(1)
+    return answer
+
+
+class Cluster:
+    """The machines of an inventory as one pool."""
+
+    def __init__(self, inventory: Path, token: str) -> None:
+        self.inventory = inventory
+        self._runner = AnsibleRunner.get_runner(str(inventory))
+        self._token = token
+        self.managers: list[str] = sorted(self._runner.get_hosts("swarm_managers"))
+        groups = self._runner.inventory
+        self.workers: list[str] = sorted(groups.get("swarm_workers", {}).get("hosts", []))
+        self.nodes = [*self.managers, *self.workers]
+        # Without such a group the first manager is it (playbooks/vars/cluster.yml).
+        servers = groups.get("nfs_server", {}).get("hosts", []) or groups["swarm_managers"]["hosts"]
+        self.nfs_server: str = servers[0]
+
+    def host(self, name: str) -> Host:
+        """Return a machine to run commands on, as root."""
+        return testinfra.get_host(
+            f"ansible://{name}?ansible_inventory={self.inventory}", sudo=True
+        )
+
+    def variables(self, name: str) -> dict[str, Any]:
+        """Return what the inventory says of a machine."""
+        variables: dict[str, Any] = self._runner.get_variables(name)
+        return variables
+
+    def api(self, name: str) -> str:
+        """Return the address of the API on one node."""
+        variables = self.variables(name)
+        port = variables.get("machine_api_port", variables.get("app_stack_port", 3000))
+        return f"http://{variables.get('ansible_host', name)}:{port}"
+
+    def client(self, name: str, *, give_up_after: float = 120) -> Client:
+        """Return a client of the API that talks to one node."""
+        return Client(self.api(name), self._token, give_up_after=give_up_after)
+
+    def docker(self, *arguments: str, on: str | None = None) -> str:
+        """Run the Docker client on a manager and return what it prints."""
+        command = " ".join("'" + argument.replace("'", "'\\''") + "'" for argument in arguments)
+        return str(self.host(on or self.managers[0]).check_output(f"docker {command}"))
+
+    def lines(self, *arguments: str, on: str | None = None) -> list[dict[str, Any]]:
+        """Run the Docker client and return the JSON object of each line."""
+        shown = self.docker(*arguments, "--format", "{{json .}}", on=on)
+        return [json.loads(line) for line in shown.splitlines()]
+
+    def states(self, *, on: str | None = None) -> dict[str, str]:
+        """Return the state of each node, as a manager sees it."""
+        return {node["Hostname"]: node["Status"] for node in self.lines("node", "ls", on=on)}
+
+    def tasks(self, service: str, *, on: str | None = None) -> Counter[str]:
+        """Return how many tasks of a service run on each node."""
+        shown = self.lines(
+            "service", "ps", f"{STACK}_{service}", "--filter", "desired-state=running", on=on
+        )
+        return Counter(
+            task["Node"] for task in shown if task["CurrentState"].startswith("Running")
+        )
+
+    @cached_property
+    def replicas(self) -> int:
+        """How many replicas are wanted."""
+        spec = json.loads(self.docker("service", "inspect", f"{STACK}_claude-api"))
+        return int(spec[0]["Spec"]["Mode"]["Replicated"]["Replicas"])
+
+    async def idle(self, name: str) -> int:
+        """Return how many replicas are idle, as the gateway behind a node knows it."""
+        async with self.client(name, give_up_after=0) as client:
+            try:
+                return (await client.status()).replicas.idle
+            except ClientError:
+                return 0
+
+    def wait_whole(self, *, seconds: float = 300) -> None:
+        """Wait until every node is ready and as many replicas as wanted are idle."""
+        wait_until(
+            lambda: all(state == "Ready" for state in self.states().values()),
+            "all nodes are ready",
+            seconds=seconds,
+        )
+        wait_until(
+            lambda: asyncio.run(self.idle(self.managers[0])) == self.replicas,
+            f"{self.replicas} idle replicas",
+            seconds=seconds,
+        )

@@ -1,0 +1,78 @@
+"""Tests of a deployed cluster, as its operators and its clients see it.
+
+    CLAUDE_JOBS_TOKEN_FILE=.secrets/api_token pytest tests/cluster \\
+        --hosts=ansible://all --ansible-inventory=inventory/cluster
+
+Tests that switch machines off need `--machines=DIR`, the directory of virtual machines that
+`tools/machines` made; without it they are left out.
+"""
+
+import asyncio
+import os
+import secrets
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from cluster import Cluster
+from machines import Machines
+
+T = TypeVar("T")
+
+# What the tests do to a cluster grows: those that only look come first.
+ORDER = ("test_nodes", "test_preflight", "test_jobs", "test_losses", "test_managers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--machines", type=Path, help="directory of the virtual machines of the cluster")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "machines: switches machines off")
+    config.addinivalue_line("markers", "managers: needs three managers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.stem))
+    has_machines = config.getoption("machines") is not None
+    kept = [item for item in items if has_machines or not item.get_closest_marker("machines")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def cluster(pytestconfig: pytest.Config) -> Cluster:
+    """Return the cluster of the inventory."""
+    inventory = pytestconfig.getoption("ansible_inventory")
+    token = Path(os.environ["CLAUDE_JOBS_TOKEN_FILE"]).read_text().strip()
+    return Cluster(Path(inventory), token)
+
+
+@pytest.fixture(scope="session")
+def machines(pytestconfig: pytest.Config) -> Machines:
+    """Return the machines below the cluster, to switch them off and on."""
+    return Machines(pytestconfig.getoption("machines"))
+
+
+@pytest.fixture
+def whole(cluster: Cluster) -> Cluster:
+    """Return the cluster once all its nodes are ready and all its replicas idle."""
+    cluster.wait_whole()
+    return cluster
+
+
+@pytest.fixture
+def directory() -> str:
+    """Return the name of a directory of the workspace that one test has for itself."""
+    return f"test-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def run() -> Iterator[Any]:
+    """Run a coroutine to its end, for tests that are several clients at once."""
+
+    def runner(work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run(work)
+
+    yield runner

@@ -1,0 +1,82 @@
+"""What clients of a cluster rely on, whichever nodes their requests and jobs come to."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+from cluster import Cluster
+
+from claude_jobs.client import Client
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+async def run_job(client: Client, prompt: str, *, directory: str) -> str:
+    """Run a job to its good end and return the node that it ran on."""
+    job = await client.submit(prompt, workspace=directory)
+    await job.result()
+    return str((await client.job(job.id)).node)
+
+
+def test_replicas_are_spread_over_the_nodes(whole: Cluster) -> None:
+    tasks = whole.tasks("claude-api")
+    assert set(tasks) == set(whole.nodes)
+    assert max(tasks.values()) - min(tasks.values()) <= 1
+
+
+def test_every_nodes_port_serves_the_pool(whole: Cluster, directory: str, run: Run) -> None:
+    async def ask() -> list[str]:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(whole.client(name)) for name in whole.nodes]
+            return await asyncio.gather(
+                *(run_job(client, "say 10 bytes", directory=directory) for client in clients)
+            )
+
+    assert len(run(ask())) == len(whole.nodes)
+
+
+def test_a_file_of_one_node_is_read_on_another(whole: Cluster, directory: str, run: Run) -> None:
+    async def write_and_read() -> tuple[str, list[str], list[str]]:
+        async with whole.client(whole.managers[0]) as client:
+            writer = await run_job(
+                client, 'create a file seen.txt with content: "one"', directory=directory
+            )
+            reads = [
+                await client.submit("run cat seen.txt", workspace=directory)
+                for _ in range(whole.replicas)
+            ]
+            results = [await job.result() for job in reads]
+            nodes = [str((await client.job(job.id)).node) for job in reads]
+            return writer, nodes, [str(result.result) for result in results]
+
+    writer, nodes, texts = run(write_and_read())
+    assert set(nodes) - {writer}, "every reader ran where the file was written"
+    assert all("one" in text for text in texts), texts
+
+
+def test_thirty_jobs_of_ten_clients_run_once_each(
+    whole: Cluster, directory: str, run: Run
+) -> None:
+    """Each job makes a file of its own name and of chance: two runs would make two."""
+    jobs = [f"job-{number:02}" for number in range(30)]
+
+    async def work(client: Client, names: list[str]) -> None:
+        for name in names:
+            sign = f"run touch {name}.$(cat /proc/sys/kernel/random/uuid)"
+            await run_job(client, sign, directory=directory)
+
+    async def all_clients() -> list[str]:
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(whole.client(whole.nodes[number % len(whole.nodes)]))
+                for number in range(10)
+            ]
+            await asyncio.gather(
+                *(work(client, jobs[number::10]) for number, client in enumerate(clients))
+            )
+            return [entry.name async for entry in clients[0].files.list(directory)]
+
+    signed = Counter(name.split(".")[0] for name in run(all_clients()))
+    assert signed == Counter(jobs)

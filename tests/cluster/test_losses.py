@@ -1,0 +1,100 @@
+"""What is lost when a machine or the workspace goes away: nothing."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from cluster import Cluster, wait_until
+from machines import Machines
+
+from claude_jobs.client import ApiError, Client, Job
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+PAUSE = 60  # seconds that the NFS server is away
+
+
+async def running_jobs(
+    client: Client, count: int, prompt: str, *, directory: str, seconds: float = 180
+) -> dict[str, Job]:
+    """Submit as many jobs and wait until all have begun; return them by their nodes and numbers."""
+    jobs = [await client.submit(prompt, workspace=directory) for _ in range(count)]
+    give_up = time.monotonic() + seconds
+    while True:
+        records = [await client.job(job.id) for job in jobs]
+        if all(record.status == "running" for record in records):
+            return {
+                f"{record.node}/{number}": job
+                for number, (record, job) in enumerate(zip(records, jobs, strict=True))
+            }
+        assert time.monotonic() < give_up, [record.status for record in records]
+        await asyncio.sleep(1)
+
+
+@pytest.mark.machines
+def test_jobs_of_a_machine_that_loses_power_end_on_others(
+    whole: Cluster, machines: Machines, directory: str, run: Run
+) -> None:
+    victim = whole.workers[0]
+
+    async def lose_power() -> dict[str, list[str]]:
+        async with whole.client(whole.managers[0]) as client:
+            jobs = await running_jobs(client, whole.replicas, "wait 60 seconds", directory=directory)
+            hit = {place: job for place, job in jobs.items() if place.startswith(f"{victim}/")}
+            assert hit, f"no job ran on {victim}: {list(jobs)}"
+            await asyncio.to_thread(machines.power_off, victim)
+            seen: dict[str, list[str]] = {}
+            for place, job in jobs.items():
+                await job.result()
+                seen[place] = [event.type async for event in job.events()]
+                record = await client.job(job.id)
+                assert (record.node != victim) or place not in hit
+            return seen
+
+    try:
+        events = run(lose_power())
+        for place, types in events.items():
+            assert types.count("completed") == 1, place
+            assert ("recovering" in types) == place.startswith(f"{victim}/"), place
+        wait_until(
+            lambda: whole.states()[victim] == "Down", f"the managers see {victim} down", seconds=90
+        )
+    finally:
+        machines.power_on(victim)
+    whole.wait_whole()
+
+
+@pytest.mark.machines
+def test_jobs_wait_for_the_workspace_and_then_end(
+    whole: Cluster, directory: str, run: Run
+) -> None:
+    """The NFS server stops under running jobs: they stall and go on; nothing is lost."""
+    server = whole.host(whole.nfs_server)
+    lines = 30
+    name = "$(cat /proc/sys/kernel/random/uuid)"
+    write = f"run f={name}; for i in $(seq {lines}); do echo $i >> $f; sleep 1; done; wc -l < $f"
+
+    async def pause() -> list[str]:
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(whole.client(whole.managers[0]))
+            jobs = await running_jobs(client, whole.replicas, write, directory=directory)
+            server.check_output("systemctl stop nfs-server")
+            try:
+                await asyncio.sleep(PAUSE / 2)
+                assert (await client.status()).replicas.busy > 0
+                started = time.monotonic()
+                async with whole.client(whole.managers[0], give_up_after=0) as impatient:
+                    try:
+                        await impatient.submit("say 1 bytes", workspace=directory)
+                    except ApiError as error:
+                        assert error.status == 503
+                assert time.monotonic() - started < 20
+                await asyncio.sleep(PAUSE / 2)
+            finally:
+                server.check_output("systemctl start nfs-server")
+            return [str((await job.result()).result) for job in jobs.values()]
+
+    for text in run(pause()):
+        assert str(lines) in text.split()

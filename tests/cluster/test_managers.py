@@ -1,0 +1,89 @@
+"""Three managers: the loss of any one of them is no loss."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from cluster import STACK, Cluster, wait_until
+from machines import Machines
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+ANSWERS_AGAIN = 30  # seconds
+
+pytestmark = [pytest.mark.machines, pytest.mark.managers]
+
+
+def swarm_leader(cluster: Cluster, *, on: str) -> str:
+    """Return the manager that leads the swarm."""
+    nodes = cluster.lines("node", "ls", on=on)
+    return next(node["Hostname"] for node in nodes if node["ManagerStatus"] == "Leader")
+
+
+def broker_leader(cluster: Cluster, stream: str, *, on: str) -> str:
+    """Return the node whose server of the broker leads a stream."""
+    container = cluster.docker("ps", "--quiet", "--filter", f"name={STACK}_nats", on=on).split()[0]
+    address = "http://127.0.0.1:8222/jsz?streams=true"
+    shown = json.loads(cluster.docker("exec", container, "curl", "--silent", address, on=on))
+    details = shown["account_details"][0]["stream_detail"]
+    leader = next(one["cluster"]["leader"] for one in details if one["name"] == stream)
+    return str(leader).removeprefix("nats-")
+
+
+def test_everything_has_three_copies(whole: Cluster) -> None:
+    manager = whole.managers[0]
+    container = whole.docker("ps", "--quiet", "--filter", f"name={STACK}_nats", on=manager).split()[0]
+    address = "http://127.0.0.1:8222/jsz?streams=true"
+    shown = json.loads(whole.docker("exec", container, "curl", "--silent", address, on=manager))
+    streams = shown["account_details"][0]["stream_detail"]
+    copies = {one["name"]: 1 + len(one["cluster"].get("replicas", [])) for one in streams}
+    assert {"JOBS", "EVENTS", "SESSIONS"} <= set(copies)
+    assert set(copies.values()) == {3}, copies
+
+
+@pytest.mark.parametrize("leads", ["swarm", "broker"])
+def test_the_api_answers_soon_after_a_leader_loses_power(
+    whole: Cluster, machines: Machines, directory: str, run: Run, leads: str
+) -> None:
+    """What was accepted before ends, and new work is accepted within half a minute."""
+    victim = (
+        swarm_leader(whole, on=whole.managers[0])
+        if leads == "swarm"
+        else broker_leader(whole, "JOBS", on=whole.managers[0])
+    )
+    other = next(name for name in whole.managers if name != victim)
+
+    async def lose_leader() -> float:
+        async with whole.client(other) as client:
+            before = [
+                await client.submit("wait 20 seconds", workspace=directory)
+                for _ in range(2 * whole.replicas)
+            ]
+            await asyncio.to_thread(machines.power_off, victim)
+            lost = time.monotonic()
+            after = await client.submit("say 10 bytes", workspace=directory)
+            waited = time.monotonic() - lost
+            for job in (*before, after):
+                await job.result()
+                types = [event.type async for event in job.events()]
+                assert types.count("completed") == 1
+            return waited
+
+    try:
+        waited = run(lose_leader())
+        assert waited < ANSWERS_AGAIN
+        wait_until(
+            lambda: whole.states(on=other)[victim] == "Down",
+            f"the managers see {victim} down",
+            seconds=90,
+        )
+    finally:
+        machines.power_on(victim)
+    wait_until(
+        lambda: whole.tasks("nats", on=other)[victim] == 1,
+        f"the broker's server on {victim} is back",
+        seconds=240,
+    )
+    whole.wait_whole()

@@ -1,0 +1,97 @@
+"""What an operator expects of every node."""
+
+import json
+
+from cluster import Cluster
+from testinfra.host import Host
+
+WORKSPACE = "/srv/claude-code/workspace"
+
+
+def test_every_machine_is_a_node_in_its_role(cluster: Cluster) -> None:
+    nodes = {node["Hostname"]: node for node in cluster.lines("node", "ls")}
+    assert set(nodes) == set(cluster.nodes)
+    assert {node["Status"] for node in nodes.values()} == {"Ready"}
+    managers = {name for name, node in nodes.items() if node["ManagerStatus"]}
+    assert managers == set(cluster.managers)
+
+
+def test_every_machine_has_a_kernel_of_its_own(cluster: Cluster) -> None:
+    boots = {
+        cluster.host(name).check_output("cat /proc/sys/kernel/random/boot_id")
+        for name in cluster.nodes
+    }
+    assert len(boots) == len(cluster.nodes)
+
+
+def test_services_run_the_same_image_by_its_id_on_every_node(cluster: Cluster) -> None:
+    services = json.loads(
+        cluster.docker("service", "inspect", *cluster.docker("service", "ls", "--quiet").split())
+    )
+    (image,) = {
+        service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] for service in services
+    }
+    assert image.startswith("sha256:")
+    for name in cluster.nodes:
+        assert cluster.docker("image", "inspect", "--format", "{{.Id}}", image, on=name) == image
+
+
+def test_labels_say_what_runs_where(cluster: Cluster) -> None:
+    for name in cluster.nodes:
+        (node,) = json.loads(cluster.docker("node", "inspect", name))
+        assert node["Spec"]["Labels"]["claude-code.agents"] == "true"
+        is_manager = name in cluster.managers
+        assert node["Spec"]["Labels"]["claude-code.gateway"] == str(is_manager).lower()
+
+
+def test_the_workspace_is_one_and_the_same(cluster: Cluster) -> None:
+    server = cluster.host(cluster.nfs_server)
+    top = server.file(WORKSPACE)
+    assert (top.uid, top.gid, top.mode) == (10000, 10002, 0o2775)
+    for name in set(cluster.nodes) - {cluster.nfs_server}:
+        mount = cluster.host(name).mount_point(WORKSPACE)
+        assert mount.exists, name
+        assert mount.filesystem == "nfs4"
+        assert {"vers=4.2", "hard"} <= set(mount.options)
+
+
+def test_root_of_a_node_is_nobody_in_the_workspace(cluster: Cluster) -> None:
+    name = next(name for name in cluster.nodes if name != cluster.nfs_server)
+    outcome = cluster.host(name).run(f"touch {WORKSPACE}/made-by-root")
+    assert outcome.failed
+    assert "Permission denied" in outcome.stderr
+
+
+def test_what_the_nodes_say_to_each_other_is_encrypted(cluster: Cluster) -> None:
+    for network in ("ingress", "claude-code-stack_backend"):
+        (shown,) = json.loads(cluster.docker("network", "inspect", network))
+        assert "encrypted" in shown["Options"], network
+
+
+def test_the_ports_between_nodes_are_closed_to_others(cluster: Cluster) -> None:
+    """From a container, where agents run, no port of the cluster's is reached on any node."""
+    probe = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+    asker = cluster.host(cluster.nodes[-1])
+    for name in cluster.managers[:1]:
+        address = cluster.variables(name)["node_address"]
+        for port in (2377, 7946, 2049):
+            assert asker.run(f"python3 -c '{probe}' {address} {port}").succeeded, (name, port)
+            inside = asker.run(
+                "docker run --rm --entrypoint python3 claude-code-sse-api:latest "
+                f"-c '{probe}' {address} {port}"
+            )
+            assert inside.failed, (name, port)
+
+
+def test_no_join_token_is_on_any_disk_of_a_worker(cluster: Cluster) -> None:
+    for name in cluster.workers:
+        found = cluster.host(name).run(
+            "grep --recursive --files-with-matches --text SWMTKN- /etc /root /home /tmp /var/tmp "
+            "/var/log /var/lib/docker/swarm"
+        )
+        assert found.stdout == "", name
+
+
+def test_the_engine_starts_with_the_machine(host: Host) -> None:
+    assert host.service("docker").is_enabled
+    assert host.service("docker").is_running
