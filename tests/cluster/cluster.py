@@ -66,8 +66,8 @@ class Cluster:
 
     def docker(self, *arguments: str, on: str | None = None) -> str:
         """Run the Docker client on a manager and return what it prints."""
-        command = " ".join("'" + argument.replace("'", "'\\''") + "'" for argument in arguments)
-        return str(self.host(on or self.managers[0]).check_output(f"docker {command}"))
+        places = " ".join(["%s"] * len(arguments))
+        return str(self.host(on or self.managers[0]).check_output(f"docker {places}", *arguments))
 
     def lines(self, *arguments: str, on: str | None = None) -> list[dict[str, Any]]:
         """Run the Docker client and return the JSON object of each line."""

@@ -17,11 +17,9 @@ def test_every_machine_is_a_node_in_its_role(cluster: Cluster) -> None:
 
 
 def test_every_machine_has_a_kernel_of_its_own(cluster: Cluster) -> None:
-    boots = {
-        cluster.host(name).check_output("cat /proc/sys/kernel/random/boot_id")
-        for name in cluster.nodes
-    }
-    assert len(boots) == len(cluster.nodes)
+    for file in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
+        read = {cluster.host(name).check_output("cat %s", file) for name in cluster.nodes}
+        assert len(read) == len(cluster.nodes), file
 
 
 def test_services_run_the_same_image_by_its_id_on_every_node(cluster: Cluster) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import image
 from cluster import Cluster, requests
+from errors import MachineError
 from machine import Machine
-from trouble import Trouble
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,8 +83,8 @@ def main() -> int:
     """Run the command line."""
     try:
         said = _run(_parser().parse_args())
-    except Trouble as trouble:
-        sys.stderr.write(f"machines: {trouble}\n")
+    except MachineError as error:
+        sys.stderr.write(f"machines: {error}\n")
         return 1
     if said:
         sys.stdout.write(f"{said}\n")

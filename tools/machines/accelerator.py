@@ -47,7 +47,17 @@ def _runs(kernel: Path) -> bool:
     with tempfile.TemporaryDirectory() as directory:
         serial = Path(directory) / "serial"
         command = [
-            *(QEMU, "-machine", "q35", *KVM.options, "-m", "512", "-nodefaults", "-display", "none"),
+            *(
+                QEMU,
+                "-machine",
+                "q35",
+                *KVM.options,
+                "-m",
+                "512",
+                "-nodefaults",
+                "-display",
+                "none",
+            ),
             *("-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel)),
             *("-append", "console=ttyS0 panic=-1"),
         ]

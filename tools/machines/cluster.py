@@ -13,8 +13,8 @@ from typing import Any
 
 import cache
 import image
+from errors import MachineError
 from machine import USER, Description, Machine
-from trouble import Trouble
 
 # Emulated, on a busy host; an idle one takes half a minute.
 START_SECONDS = 600
@@ -35,7 +35,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", self.name):
-            raise Trouble(f"'{self.name}' is not a host name of small letters, digits and dashes.")
+            raise MachineError(
+                f"'{self.name}' is not a host name of small letters, digits and dashes."
+            )
 
 
 class Cluster:
@@ -54,11 +56,11 @@ class Cluster:
         """Return one machine by its name."""
         machine = Machine(self.state / name)
         if not machine.exists:
-            raise Trouble(f"There is no machine '{name}' in {self.state}.")
+            raise MachineError(f"There is no machine '{name}' in {self.state}.")
         return machine
 
     def start(self, requests: list[Request]) -> None:
-        """Make the machines that are not there yet, start all of them and wait until they answer."""
+        """Make the machines that are not there yet, start all and wait until they answer."""
         images = {request.release: image.ready(request.release) for request in requests}
         self.state.mkdir(parents=True, exist_ok=True)
         lan_port = self._lan_port()
@@ -130,7 +132,7 @@ class Cluster:
 
 def _free_port(kind: socket.SocketKind, taken: set[int]) -> int:
     """Return a port that nobody holds, outside of those taken by machines that may be off."""
-    for port in random.sample(PORTS, 100):  # noqa: S311 - not a secret
+    for port in random.sample(PORTS, 100):
         with socket.socket(socket.AF_INET, kind) as probe:
             try:
                 probe.bind(("", port))
@@ -138,16 +140,18 @@ def _free_port(kind: socket.SocketKind, taken: set[int]) -> int:
                 continue
         if port not in taken:
             return port
-    raise Trouble(f"No port between {PORTS.start} and {PORTS.stop} is free.")
+    raise MachineError(f"No port between {PORTS.start} and {PORTS.stop} is free.")
 
 
 def _await_answer(machine: Machine) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not machine.answers():
         if machine.pid() is None:
-            raise Trouble(f"QEMU of {machine.name} has ended. Its console:\n{machine.console_end()}")
+            raise MachineError(
+                f"QEMU of {machine.name} has ended. Its console:\n{machine.console_end()}"
+            )
         if time.monotonic() > deadline:
-            raise Trouble(
+            raise MachineError(
                 f"{machine.name} does not answer after {START_SECONDS} s. "
                 f"Its console:\n{machine.console_end()}"
             )
@@ -159,4 +163,4 @@ def requests(text: str) -> list[Request]:
     try:
         return [Request(name, **wanted) for name, wanted in json.loads(text).items()]
     except (AttributeError, TypeError, ValueError) as error:
-        raise Trouble(f"The machines are not described as they should be: {error}.") from error
+        raise MachineError(f"The machines are not described as they should be: {error}.") from error

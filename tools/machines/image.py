@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cache
 import host
-from trouble import Trouble
+from errors import MachineError
 
 HERE = Path(__file__).resolve().parent
 TREE = HERE / "tree"
@@ -126,7 +126,7 @@ def ready(release: str) -> Image:
     """Return the image of a release; it is made when there is none or only an old one."""
     recipe = RECIPES.get(release)
     if recipe is None:
-        raise Trouble(f"There is no recipe for '{release}', only for {', '.join(RECIPES)}.")
+        raise MachineError(f"There is no recipe for '{release}', only for {', '.join(RECIPES)}.")
     images = cache.directory() / "images"
     images.mkdir(exist_ok=True)
     with _lock(images / f"{release}.lock"), tempfile.TemporaryDirectory(dir=images) as scratch:
@@ -199,7 +199,7 @@ def _as_root(*command: str, log: Path) -> None:
         )
     if done.returncode != 0:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise Trouble(f"{command[0]} failed with code {done.returncode}:\n{end}")
+        raise MachineError(f"{command[0]} failed with code {done.returncode}:\n{end}")
 
 
 def _make(recipe: Recipe, sources: list[str], layer: Path, scratch: Path, made: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import accelerator
 import cache
 import monitor
+from errors import MachineError
 from image import Image
-from trouble import Trouble
 
 USER = "admin"
 # Encrypts fastest of all on an emulated CPU.
@@ -26,6 +26,7 @@ API_PORT = 3000
 # What a kernel does for safety or to watch itself takes seconds on an emulated CPU.
 LESS_TO_EMULATE = (
     "loglevel=4",
+    "systemd.show_status=auto",
     "mitigations=off",
     "nokaslr",
     "init_on_alloc=0",
@@ -63,7 +64,7 @@ class Machine:
 
     @classmethod
     def create(cls, directory: Path, description: Description) -> "Machine":
-        """Make the machine's directory; the description comes last, so that a half is no machine."""
+        """Make the machine; its description comes last, so that a half is none."""
         machine = cls(directory)
         directory.mkdir(parents=True, exist_ok=True)
         backing = Image(Path(description.image)).disk
@@ -120,7 +121,7 @@ class Machine:
             check=False,
         )
         if done.returncode != 0:
-            raise Trouble(f"QEMU did not start {self.name}: {done.stdout.strip()}")
+            raise MachineError(f"QEMU did not start {self.name}: {done.stdout.strip()}")
 
     def _traces(self) -> tuple[str, ...]:
         """Return the options for what this machine's QEMU leaves in the directory."""
@@ -157,7 +158,7 @@ class Machine:
         port = self.description.ssh_port
         # QEMU accepts connections before the machine does: only a greeting counts.
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
                 if not connection.recv(4).startswith(b"SSH-"):
                     return False
         except OSError:
@@ -208,7 +209,13 @@ def _command(description: Description, image: Image) -> list[str]:
     )
     lan = f"socket,id=lan,mcast=230.0.0.1:{description.lan_port},localaddr=127.0.0.1"
     return [
-        *(accelerator.QEMU, "-name", description.name, "-machine", "q35,i8042=off,hpet=off,vmport=off,smbus=off,sata=off"),
+        *(
+            accelerator.QEMU,
+            "-name",
+            description.name,
+            "-machine",
+            "q35,i8042=off,hpet=off,vmport=off,smbus=off,sata=off",
+        ),
         *accelerator.best(image.kernel).options,
         *("-m", str(description.memory_mb), "-smp", str(description.cpus)),
         *("-nodefaults", "-display", "none", "-rtc", "base=utc"),

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from trouble import Trouble
+from errors import MachineError
 
 TIMEOUT = 10.0
 
@@ -26,7 +26,7 @@ def execute(path: Path, command: str, **arguments: object) -> Any:
                 stream.flush()
                 answer = _answer(stream.readline)
     except OSError as error:
-        raise Trouble(f"The monitor at {path} does not answer: {error}.") from error
+        raise MachineError(f"The monitor at {path} does not answer: {error}.") from error
     finally:
         os.close(directory)
     return answer
@@ -37,7 +37,7 @@ def _answer(readline: Any) -> Any:
     while line := readline():
         message = json.loads(line)
         if "error" in message:
-            raise Trouble(f"QEMU refuses: {message['error']['desc']}.")
+            raise MachineError(f"QEMU refuses: {message['error']['desc']}.")
         if "return" in message:
             return message["return"]
     raise OSError("the connection was closed")

@@ -1,5 +1,5 @@
 """What went wrong, in a sentence for the person who started the program."""
 
 
-class Trouble(Exception):
+class MachineError(Exception):
     """The work cannot be done; the message says why."""
