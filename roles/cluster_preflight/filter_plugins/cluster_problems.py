@@ -300,7 +300,7 @@ def _replicas(nodes: Mapping[str, Json], wanted: Json, found: Findings) -> None:
     cpu, memory = float(wanted["cpu"] or 0), size(wanted["memory"] or 0)
 
     def room(node: Json) -> int:
-        fit = [int(node["cores"] / cpu)] if cpu else []
+        fit = [int(node["cores"] / cpu + 1e-9)] if cpu else []
         fit += [node["memory"] // memory] if memory else []
         return int(min(fit, default=wanted["replicas"]))
 
