@@ -32,7 +32,8 @@ lint: environment ## Check style, types and playbooks; changes nothing
 
 test-quick: lint ## Everything that needs no Docker: lint, units, real processes (16 minutes)
 	cd app && python -m pytest
-	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py
+	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
+		tests/test_cluster_preflight.py
 
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e

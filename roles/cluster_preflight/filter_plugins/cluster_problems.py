@@ -298,13 +298,13 @@ def _kernels(nodes: Mapping[str, Json], nfs_server: str, found: Findings) -> Non
 
 def _replicas(nodes: Mapping[str, Json], wanted: Json, found: Findings) -> None:
     cpu, memory = float(wanted["cpu"] or 0), size(wanted["memory"] or 0)
-    fit = {
-        name: min(
-            [int(node["cores"] / cpu)] * (cpu > 0) + [node["memory"] // memory] * (memory > 0),
-            default=wanted["replicas"],
-        )
-        for name, node in nodes.items()
-    }
+
+    def room(node: Json) -> int:
+        fit = [int(node["cores"] / cpu + 1e-9)] if cpu else []
+        fit += [node["memory"] // memory] if memory else []
+        return int(min(fit, default=wanted["replicas"]))
+
+    fit = {name: room(node) for name, node in nodes.items()}
     total = sum(fit.values())
     if total < wanted["replicas"]:
         text = (

@@ -261,12 +261,12 @@ def leave_behind(listener: Listener, opened: list[socket.socket]) -> None:
 
 def listen(wanted: Mapping[str, Any]) -> Json:
     end_leftovers()
-    opened = listeners(wanted["address"], wanted["tcp_ports"], wanted["udp_ports"])
+    opened = listeners(wanted["address"], wanted["tcp_ports"], wanted["udp_ports"]) if wanted["askers"] else []
     listening = [
         {"protocol": "tcp" if one.type == socket.SOCK_STREAM else "udp", "port": one.getsockname()[1]} for one in opened
     ]
     token = secrets.token_hex(16)
-    if opened and wanted["askers"]:
+    if opened:
         leave_behind(Listener(token, set(wanted["askers"]), time.monotonic() + wanted["seconds"]), opened)
     for one in opened:
         one.close()
