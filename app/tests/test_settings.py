@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from claude_jobs.broker import MAX_PAYLOAD_BYTES, configuration
+from claude_jobs.broker.configuration import MAX_PAYLOAD_BYTES, configuration
 from claude_jobs.replica.lines import MAX_EVENT_BYTES
 from claude_jobs.settings import (
     BrokerSettings,
