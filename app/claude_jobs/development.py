@@ -47,7 +47,8 @@ class Pool:
 
     The first of several gateways is at `port`. Without `credentials` (JSON, see
     `agent.credentials`) the model stub answers. `settings` are added to every process's
-    environment. A replica that exits is started again, as Swarm does.
+    environment. With a `broker_url` the broker is somebody else's, with the secrets of this pool.
+    A replica that exits is started again, as Swarm does.
     """
 
     root: Path
@@ -57,6 +58,7 @@ class Pool:
     port: int = field(default_factory=free_port)
     credentials: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    broker_url: str = ""
 
     def __post_init__(self) -> None:
         self.token = make_secret_files(self.root / "secrets", credentials=self.credentials)
@@ -66,7 +68,8 @@ class Pool:
         self.url = self.urls[0]
         self._broker_port, self._stub_port = free_port(), free_port()
         self._monitor_port = free_port()
-        self.broker_url = f"nats://127.0.0.1:{self._broker_port}"
+        self._runs_broker = not self.broker_url
+        self.broker_url = self.broker_url or f"nats://127.0.0.1:{self._broker_port}"
         self.stub_url = f"http://127.0.0.1:{self._stub_port}"
         self.processes: dict[str, Process] = {}
         self._user = _AGENT if os.geteuid() == 0 else None
@@ -76,7 +79,9 @@ class Pool:
         """Run every process until the block ends, then end them all."""
         self._prepare_directories()
         replicas = (f"replica-{number}" for number in range(self.replicas))
-        names = ["broker", *self._gateway_ports, *replicas]
+        names = [*self._gateway_ports, *replicas]
+        if self._runs_broker:
+            names.insert(0, "broker")
         if self.credentials is None:
             names.insert(0, "model-stub")
         keepers = [asyncio.create_task(self._keep_running(name)) for name in names]
