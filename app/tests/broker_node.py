@@ -31,6 +31,7 @@ class BrokerNode:
         self.port, self.cluster_port, self._monitor_port = free_port(), free_port(), free_port()
         self.server: Process | None = None
         self.join: Process | None = None
+        self._environment: dict[str, str] = {}
         make_secret_files(secrets)
 
     @property
@@ -43,7 +44,7 @@ class BrokerNode:
 
     async def start(self, *, servers: int = 1, routes: Sequence[str] = ()) -> None:
         """Start what the entrypoint of the image starts."""
-        environment = {
+        self._environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             "SECRETS_DIR": str(self.secrets),
             "BROKER_PORT": str(self.port),
@@ -56,14 +57,16 @@ class BrokerNode:
             "NODE_NAME": self.name,
             **ROOM,
         }
-        names = ("broker", "broker-join") if servers > 1 else ("broker",)
-        started = [
-            await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "claude_jobs", name), env=environment
-            )
-            for name in names
-        ]
-        self.server, self.join = started[0], started[1] if servers > 1 else None
+        self.server = await self._process("broker")
+        if servers > 1:
+            await self.start_join()
+
+    async def start_join(self) -> None:
+        self.join = await self._process("broker-join")
+
+    async def _process(self, name: str) -> Process:
+        command = (sys.executable, "-m", "claude_jobs", name)
+        return await asyncio.create_subprocess_exec(*command, env=self._environment)
 
     async def healthy(self) -> bool:
         """Ask what the health check of the stack asks."""

@@ -120,6 +120,24 @@ class RunningPool:
         assert response.status_code == 200, response.text
         return dict(response.json())
 
+    async def ready(self, url: str = "") -> None:
+        """Wait until a gateway takes jobs."""
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await self.http.get(f"{url}/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.1)
+
+    async def says(self, sentence: str) -> None:
+        """Wait until the gateway says why it does not take jobs."""
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                response = await self.http.get("/ready")
+                assert response.status_code == 503, response.text
+                if sentence in response.json()["error"]:
+                    return
+            await asyncio.sleep(0.1)
+
     async def idle(self, replicas: int) -> None:
         """Wait until so many replicas are idle and none is busy."""
         async with asyncio.timeout(30):

@@ -2,25 +2,26 @@
 
 import asyncio
 import contextlib
-import json
+import signal
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import httpx
-import nats.errors
 import pytest
 import pytest_asyncio
-from broker_node import ROOM, BrokerNode, BrokerNodes, broker_nodes
+from broker_node import BrokerNode, BrokerNodes, broker_nodes
 from bus_ends import job, line
-from pool_client import RunningPool, directory_for_everybody, pool_in
+from nats.js.errors import APIError, NotFoundError
+from pool_client import EventStream, RunningPool, directory_for_everybody, pool_in
 
-from claude_jobs.broker.users import BROKER_USER, GATEWAY_USER, REPLICA_USER
+from claude_jobs.broker.users import GATEWAY_USER, REPLICA_USER
 from claude_jobs.bus.connection import Bus
 from claude_jobs.bus.events import EventLog
 from claude_jobs.bus.queue import JobQueue
-from claude_jobs.bus.servers import SERVERS_BUCKET, ServersMissingError
+from claude_jobs.bus.servers import SERVERS_BUCKET
 from claude_jobs.bus.topology import (
     EVENTS_STREAM,
     JOBS_CONSUMER,
@@ -56,12 +57,18 @@ async def contents(bus: Bus) -> dict[str, list[tuple[int, str, bytes | None]]]:
         name = str(info.config.name)
         if name in (_PRESENCE, f"KV_{SERVERS_BUCKET}"):
             continue
-        found[name] = []
-        for sequence in range(max(info.state.first_seq, 1), info.state.last_seq + 1):
-            with contextlib.suppress(nats.js.errors.NotFoundError):
-                message = await bus.jetstream.get_msg(name, sequence)
-                found[name].append((sequence, str(message.subject), message.data))
+        every = range(max(info.state.first_seq, 1), info.state.last_seq + 1)
+        read = await asyncio.gather(*(stored(bus, name, sequence) for sequence in every))
+        found[name] = [message for message in read if message]
     return found
+
+
+async def stored(bus: Bus, stream: str, sequence: int) -> tuple[int, str, bytes | None] | None:
+    try:
+        message = await bus.jetstream.get_msg(stream, sequence)
+    except NotFoundError:
+        return None
+    return sequence, str(message.subject), message.data
 
 
 async def copies(bus: Bus) -> dict[str, int]:
@@ -125,3 +132,127 @@ async def test_a_lone_brokers_streams_are_on_three_servers_as_they_were(
     await nodes.first.start()
     assert nodes.first.server
     assert await nodes.first.server.wait() == 78
+
+
+async def submit(pool: RunningPool, prompt: str, key: str) -> str | None:
+    """Submit a job; returns its id, or None when it was not accepted."""
+    try:
+        response = await pool.http.post(
+            "/api/execute",
+            json={"prompt": prompt},
+            headers={"Prefer": "respond-async", "Idempotency-Key": key},
+            timeout=40,
+        )
+    except httpx.TransportError:
+        return None
+    if response.status_code != 202:
+        assert (response.status_code, "Retry-After" in response.headers) == (503, True), response
+        return None
+    return str(response.json()["id"])
+
+
+async def events(pool: RunningPool, job_id: str) -> list[tuple[int, str]]:
+    """Read a job's events to its end; return their ids and types."""
+    async with pool.http.stream("GET", f"/api/jobs/{job_id}/events") as response:
+        stream = EventStream(response)
+        await stream.ending()
+    return [(event.id, event.type) for event in stream.events]
+
+
+async def appears_in(bus: Bus, stream: str) -> None:
+    """Wait until a broker has a stream."""
+    while True:
+        with contextlib.suppress(APIError, TimeoutError):
+            await bus.jetstream.stream_info(stream)
+            return
+        await asyncio.sleep(0.02)
+
+
+async def test_jobs_that_wait_run_once_after_a_move_that_was_killed_again_and_again(
+    nodes: BrokerNodes, directory: Path
+) -> None:
+    await nodes.first.start()
+    async with pool_in(directory, replicas=0, broker_url=nodes.first.url) as pool:
+        await pool.ready()
+        ids = [await submit(pool, f"run echo x >> ran-{n}", f"key-{n}") for n in range(4)]
+        assert all(ids)
+        async with nodes.first.connected(GATEWAY_USER) as gateway:
+            big = b"x" * 2**18
+            await asyncio.gather(
+                *(gateway.jetstream.publish(f"events.big-{n}", big) for n in range(160))
+            )
+            begins = [await EventLog(gateway).last(str(job_id)) for job_id in ids]
+    await nodes.first.kill()
+    for node in nodes.nodes[1:]:
+        await nodes.start_one(node)
+    settings = {"BROKER_SERVERS": "3"}
+    async with pool_in(directory, replicas=2, broker_url=nodes.urls, settings=settings) as pool:
+        # No gateway makes empty streams in the place of those that are to come.
+        await pool.says("0 of the broker's 3 servers have joined")
+        await nodes.start_one(nodes.first)
+        async with nodes.nodes[1].connected(GATEWAY_USER) as gateway:
+            for stream in (EVENTS_STREAM, "KV_job_records", JOBS_STREAM):
+                await appears_in(gateway, stream)
+                assert nodes.first.join
+                await nodes.first.kill()
+                await nodes.start_one(nodes.first)
+            await nodes.joined()
+        await pool.ready()
+        for number, (job_id, begin) in enumerate(zip(ids, begins, strict=True)):
+            assert begin
+            seen = await events(pool, str(job_id))
+            assert seen[0] == (begin.sequence, "queued")
+            assert seen[-1][1] == "completed"
+            assert [kind for _, kind in seen].count("connected") == 1
+            assert (pool.workspace / f"ran-{number}").read_text() == "x\n"
+        # The same key is the same job, as before.
+        assert await submit(pool, "run echo x >> ran-0", "key-0") == ids[0]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+async def test_jobs_go_on_within_half_a_minute_when_the_server_that_leads_is_lost(
+    nodes: BrokerNodes, directory: Path, blow: signal.Signals
+) -> None:
+    """Killed, its connections close at once. Stopped, they stay open, as after a power failure."""
+    await nodes.start()
+    settings = {"BROKER_SERVERS": "3"}
+    accepted: dict[str, str] = {}
+    async with pool_in(
+        directory, replicas=2, gateways=2, broker_url=nodes.urls, settings=settings
+    ) as pool:
+        await pool.ready()
+        stop = asyncio.Event()
+        answers = [monotonic()]
+
+        async def keep_submitting() -> None:
+            while not stop.is_set():
+                key = uuid.uuid4().hex
+                while (job_id := await submit(pool, f"run echo x >> {key}", key)) is None:
+                    await asyncio.sleep(0.2)
+                answers.append(monotonic())
+                accepted[key] = job_id
+                await asyncio.sleep(2)
+
+        async with asyncio.TaskGroup() as clients:
+            clients.create_task(keep_submitting())
+            while len(accepted) < 2:
+                await asyncio.sleep(0.1)
+            async with nodes.connected() as gateway:
+                info = await gateway.jetstream.stream_info(JOBS_STREAM)
+            assert info.cluster
+            leader = nodes.leader(info.cluster.leader)
+            assert leader.server
+            leader.server.send_signal(blow)
+            lost = monotonic()
+            async with asyncio.timeout(30):
+                while answers[-1] < lost + 0.5:
+                    await asyncio.sleep(0.1)
+            # A gateway starts without that server, too.
+            pool.pool.processes["gateway-1"].kill()
+            await pool.ready(pool.pool.urls[1])
+            stop.set()
+        await pool.ready()
+        for key, job_id in accepted.items():
+            seen = await events(pool, job_id)
+            assert seen[-1][1] == "completed", seen
+            assert (pool.workspace / key).read_text() == "x\n", seen

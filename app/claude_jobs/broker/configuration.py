@@ -28,7 +28,7 @@ def configuration(settings: BrokerSettings, version: tuple[int, int]) -> str:
         # For the health check alone: not reachable from outside the container.
         "http": f"127.0.0.1:{settings.broker_monitor_port}",
         "max_payload": MAX_PAYLOAD_BYTES,
-        "ping_interval": "10s",
+        "ping_interval": "5s",
         "ping_max": 2,
         "jetstream": jetstream(settings, version, store_directory(settings)),
         "authorization": {"users": users(settings)},
@@ -80,6 +80,9 @@ def _cluster(settings: BrokerSettings) -> dict[str, Any]:
         "name": CLUSTER_NAME,
         "listen": f"0.0.0.0:{settings.broker_cluster_port}",
         "authorization": {"user": ROUTE_USER, "password": password, "timeout": 5},
+        # Clients find all servers by name. Told by a server, they would learn its addresses in
+        # every network, and try each in vain when it is gone: nobody takes one back.
+        "no_advertise": True,
         "routes": [
             f"nats-route://{ROUTE_USER}:{quote(password)}@{route.removeprefix('nats://')}/{number}"
             for number in range(times)

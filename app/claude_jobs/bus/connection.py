@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 REQUEST_TIMEOUT = 5.0
 # The pause between two tries to reach a broker that was lost, in seconds.
 _RECONNECT_WAIT = 0.5
+# Seconds between two questions whether the broker is there. The third that stays open ends the
+# connection: a machine that lost its power closes none.
+_PING_EVERY = 3
 # The port of a URL without one, and how long (seconds) the addresses of a name are waited for.
 _PORT = 4222
 _RESOLVE_TIMEOUT = 2.0
@@ -77,8 +80,7 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
     async def on_disconnect() -> None:
         if not closing:
             log.warning("the broker is out of reach")
-            # The servers also tell their clients where they are, but never take an address back,
-            # and some are of networks that we are not in: each costs the time of a vain try.
+            # A server that was started elsewhere has another address.
             client.set_server_pool(await _servers(url))
 
     async def on_reconnect() -> None:
@@ -102,7 +104,7 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=_RECONNECT_WAIT,  # type: ignore[arg-type] # nats-py
                 connect_timeout=2,
-                ping_interval=10,
+                ping_interval=_PING_EVERY,
                 max_outstanding_pings=2,
             )
             break
