@@ -28,13 +28,19 @@ from claude_jobs.workspace import DIRECTORY_MODE
 _AGENT = AgentUser(uid=10001, gid=10002)
 # A process that ends at once, again and again, is not started more often than this (seconds).
 _RESTART_DELAY = 0.05
+# Who was given a port may only be about to use it.
+_given_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of the loopback address that nobody uses, and that it never returned."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def _gateway_name(number: int) -> str:
