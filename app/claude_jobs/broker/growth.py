@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 # A lone server's store whose streams are in the broker, or that was left out for a newer one.
 _MOVED = "moved-into-cluster"
 _LEFT_OUT = "left-out-of-cluster"
+# How a stream is described that has come, until a gateway describes it as one of its own.
+_CARRIED = "carried over from a lone server"
 _RETRY = 1.0
 _POLL = 0.25
 # Replicas say every few seconds that they are there: nothing of it is worth carrying over.
@@ -86,7 +89,7 @@ async def _join(settings: BrokerSettings) -> None:
                 await servers.arrive(Arrival(name, await _newest(lone) if lone else None))
                 brought = await _is_chosen(servers, settings)
                 if lone and brought:
-                    await _carry_over(lone, cluster, settings.broker_servers)
+                    brought = await _carry_over(lone, cluster, settings.broker_servers)
             await servers.join(name, brought=brought)
     _put_away(settings, brought=brought)
     log.info("the server has joined its broker", extra={"server": name})
@@ -122,13 +125,22 @@ async def _carried(lone: Bus) -> list[str]:
     return sorted(held - _NOT_CARRIED, key=lambda stream: (stream == JOBS_STREAM, stream))
 
 
-async def _carry_over(lone: Bus, cluster: Bus, copies: int) -> None:
+async def _carry_over(lone: Bus, cluster: Bus, copies: int) -> bool:
+    """Carry every stream over; tell whether the broker has them all now."""
+    complete = True
     for stream in await _carried(lone):
-        if await _is_there(cluster, stream):
-            log.info("a stream is there already", extra={"stream": stream})
+        there = await _what_is_there(cluster, stream)
+        if there is _There.OTHER:
+            log.error(
+                "a stream was made and used before the one of the lone server came: "
+                "the old one is left out",
+                extra={"stream": stream},
+            )
+            complete = False
+        if there is not _There.NOTHING:
             continue
         async with take_snapshot(lone, stream) as snapshot:
-            own = {**snapshot.config, "num_replicas": copies}
+            own = {**snapshot.config, "num_replicas": copies, "description": _CARRIED}
             apart = {**own, "subjects": [_subject_apart(stream)]}
             state = await restore_snapshot(cluster, replace(snapshot, config=apart))
         await _on_every_server(cluster, stream, copies)
@@ -137,24 +149,35 @@ async def _carry_over(lone: Bus, cluster: Bus, copies: int) -> None:
             "carried a stream over",
             extra={"stream": stream, "messages": state["messages"], "last": state["last_seq"]},
         )
+    return complete
 
 
-async def _is_there(cluster: Bus, stream: str) -> bool:
-    """Tell whether the broker has a stream that is whole; one that is not is removed."""
+class _There(Enum):
+    """What the broker has in the place of a stream that is to come."""
+
+    NOTHING = auto()
+    CARRIED = auto()  # the stream, which came before
+    OTHER = auto()  # one that was used already
+
+
+async def _what_is_there(cluster: Bus, stream: str) -> _There:
+    """Look at what is in the place of a stream; what nobody has used is removed."""
     try:
         info = await cluster.jetstream.stream_info(stream)
     except NotFoundError:
-        return False
+        return _There.NOTHING
     if info.config.subjects != [_subject_apart(stream)]:
+        if info.config.description == _CARRIED:
+            return _There.CARRIED
         if info.state.last_seq:
-            return True
-        # Made by a gateway that knew of one server only, and never used: nobody can use it now.
+            return _There.OTHER
+        # A gateway made it that knew of one server only. From here on nobody can use it.
         await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", _apart(info))
         if (await cluster.jetstream.stream_info(stream)).state.last_seq:
             await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", info.config.as_dict())
-            return True
+            return _There.OTHER
     await cluster.jetstream.delete_stream(stream)
-    return False
+    return _There.NOTHING
 
 
 def _apart(info: StreamInfo) -> dict[str, Any]:
@@ -241,7 +264,7 @@ def _put_away(settings: BrokerSettings, *, brought: bool) -> None:
         return
     kept = settings.broker_data_dir / f"{_LEFT_OUT}-{secrets.token_hex(4)}"
     log.warning(
-        "what this node's server held when it was alone is not the newest: it is kept apart",
+        "what this node's server held when it was alone is not in the broker: it is kept apart",
         extra={"directory": str(kept)},
     )
     store.rename(kept)
