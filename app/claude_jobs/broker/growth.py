@@ -141,7 +141,8 @@ async def _carry_over(lone: Bus, cluster: Bus, copies: int) -> bool:
             continue
         async with take_snapshot(lone, stream) as snapshot:
             own = {**snapshot.config, "num_replicas": copies, "description": _CARRIED}
-            apart = {**own, "subjects": [_subject_apart(stream)]}
+            # Without a bound no room is set aside: while it comes, that would be twice as much.
+            apart = {**own, "subjects": [_subject_apart(stream)], "max_bytes": -1}
             state = await restore_snapshot(cluster, replace(snapshot, config=apart))
         await _on_every_server(cluster, stream, copies)
         await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", own)
