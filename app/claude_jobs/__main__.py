@@ -1,4 +1,4 @@
-"""Starts one process of the pool: `python -m claude_jobs gateway|replica|broker|model-stub`."""
+"""Starts one process of the pool: `python -m claude_jobs PROCESS`."""
 
 import argparse
 import asyncio
@@ -10,6 +10,7 @@ from pathlib import Path
 from claude_jobs import settings as configuration
 from claude_jobs.log import configure_logging
 from claude_jobs.settings import (
+    BrokerJoinSettings,
     BrokerSettings,
     GatewaySettings,
     ModelStubSettings,
@@ -25,6 +26,7 @@ PROCESSES: dict[str, type[ProcessSettings]] = {
     "gateway": GatewaySettings,
     "replica": ReplicaSettings,
     "broker": BrokerSettings,
+    "broker-join": BrokerJoinSettings,
     "model-stub": ModelStubSettings,
 }
 
@@ -57,10 +59,14 @@ def start(settings: ProcessSettings) -> None:
             # Python with all its modules apart takes 60 to 140 ms.
             logging.shutdown()
             os._exit(0)
-        case BrokerSettings():
-            from claude_jobs import broker
+        case BrokerJoinSettings():
+            from claude_jobs.broker.growth import join
 
-            broker.run(settings)
+            asyncio.run(join(settings))
+        case BrokerSettings():
+            from claude_jobs.broker.server import run as run_broker
+
+            run_broker(settings)
         case ModelStubSettings():
             from claude_jobs.model_stub.server import run
 
@@ -79,11 +85,11 @@ def main() -> int:
             PROCESSES[process],
             secrets_dir=Path(os.environ.get("SECRETS_DIR", configuration.DEFAULT_SECRETS_DIR)),
         )
+        configure_logging(settings.log_level, process=process)
+        start(settings)
     except SettingsError as error:
         sys.stderr.write(f"{process} cannot start: {error}\n")
         return _EX_CONFIG
-    configure_logging(settings.log_level, process=process)
-    start(settings)
     return 0
 
 

@@ -28,13 +28,19 @@ from claude_jobs.workspace import DIRECTORY_MODE
 _AGENT = AgentUser(uid=10001, gid=10002)
 # A process that ends at once, again and again, is not started more often than this (seconds).
 _RESTART_DELAY = 0.05
+# Who was given a port may only be about to use it.
+_given_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of the loopback address that nobody uses, and that it never returned."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def _gateway_name(number: int) -> str:
@@ -47,7 +53,8 @@ class Pool:
 
     The first of several gateways is at `port`. Without `credentials` (JSON, see
     `agent.credentials`) the model stub answers. `settings` are added to every process's
-    environment. A replica that exits is started again, as Swarm does.
+    environment. With a `broker_url` the broker is somebody else's, with the secrets of this pool.
+    A replica that exits is started again, as Swarm does.
     """
 
     root: Path
@@ -57,6 +64,7 @@ class Pool:
     port: int = field(default_factory=free_port)
     credentials: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    broker_url: str = ""
 
     def __post_init__(self) -> None:
         self.token = make_secret_files(self.root / "secrets", credentials=self.credentials)
@@ -66,7 +74,8 @@ class Pool:
         self.url = self.urls[0]
         self._broker_port, self._stub_port = free_port(), free_port()
         self._monitor_port = free_port()
-        self.broker_url = f"nats://127.0.0.1:{self._broker_port}"
+        self._runs_broker = not self.broker_url
+        self.broker_url = self.broker_url or f"nats://127.0.0.1:{self._broker_port}"
         self.stub_url = f"http://127.0.0.1:{self._stub_port}"
         self.processes: dict[str, Process] = {}
         self._user = _AGENT if os.geteuid() == 0 else None
@@ -76,7 +85,9 @@ class Pool:
         """Run every process until the block ends, then end them all."""
         self._prepare_directories()
         replicas = (f"replica-{number}" for number in range(self.replicas))
-        names = ["broker", *self._gateway_ports, *replicas]
+        names = [*self._gateway_ports, *replicas]
+        if self._runs_broker:
+            names.insert(0, "broker")
         if self.credentials is None:
             names.insert(0, "model-stub")
         keepers = [asyncio.create_task(self._keep_running(name)) for name in names]

@@ -25,9 +25,17 @@ from claude_jobs.api_tokens import ApiToken, parse_api_tokens
 
 DEFAULT_SECRETS_DIR = Path("/run/secrets")
 
+
+def _has_a_majority(servers: int) -> int:
+    if servers not in (1, 3, 5):
+        raise ValueError("must be 1, 3 or 5: several servers decide by majority")
+    return servers
+
+
 Password = Annotated[SecretStr, Field(min_length=16)]
 EventBytes = Annotated[int, Field(ge=2**20)]
 SessionBytes = Annotated[int, Field(ge=2**20)]
+ServerCount = Annotated[int, AfterValidator(_has_a_majority)]
 # Read from its text, so that every sentence about it is ours and quotes no token.
 ApiTokens = Annotated[tuple[ApiToken, ...], NoDecode, PlainValidator(parse_api_tokens)]
 
@@ -102,6 +110,8 @@ class GatewaySettings(BusSettings):
     """The gateway's settings. The secret `api_tokens` has the form of `api_tokens.FORM`."""
 
     broker_gateway_password: Password
+    # The broker's: each of its servers holds a copy of everything.
+    broker_servers: ServerCount = 1
     api_tokens: ApiTokens = Field(default=(), validate_default=False)
     allow_anonymous: bool = False
     demo_mode: bool = False
@@ -168,16 +178,26 @@ class BrokerSettings(ProcessSettings):
     """The broker's settings: where it keeps its data, and the passwords of its two users.
 
     `event_bytes` and `session_bytes` are the gateway's, so that what it asks for always fits.
+    One of several `broker_servers` finds the others at `broker_routes`, addresses or names with
+    commas between them; a name may stand for all of them. It is known by its `node_name`.
     """
 
     broker_gateway_password: Password
     broker_replica_password: Password
     broker_port: int = 4222
     broker_monitor_port: int = 8222
+    broker_servers: ServerCount = 1
+    broker_cluster_port: int = 6222
+    broker_routes: Annotated[str, Field(pattern=r"\S")] = "nats:6222"
+    node_name: str = Field(default_factory=socket.gethostname, pattern=r"^[-_.a-zA-Z0-9]+$")
     broker_data_dir: Path = Path("/data")
     broker_config_dir: Path = Path("/run/broker")
     event_bytes: EventBytes = 4 * 2**30
     session_bytes: SessionBytes = 2 * 2**30
+
+
+class BrokerJoinSettings(BrokerSettings):
+    """The settings of what runs beside a server of the broker: the server's own."""
 
 
 class ModelStubSettings(ProcessSettings):

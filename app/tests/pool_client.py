@@ -120,6 +120,24 @@ class RunningPool:
         assert response.status_code == 200, response.text
         return dict(response.json())
 
+    async def ready(self, url: str = "") -> None:
+        """Wait until a gateway takes jobs."""
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await self.http.get(f"{url}/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.1)
+
+    async def says(self, sentence: str) -> None:
+        """Wait until the gateway says why it does not take jobs."""
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                response = await self.http.get("/ready")
+                assert response.status_code == 503, response.text
+                if sentence in response.json()["error"]:
+                    return
+            await asyncio.sleep(0.1)
+
     async def idle(self, replicas: int) -> None:
         """Wait until so many replicas are idle and none is busy."""
         async with asyncio.timeout(30):
@@ -165,30 +183,54 @@ async def running_pool(
     credentials: str | None = None,
 ) -> AsyncIterator[RunningPool]:
     """Run a pool of real processes in a directory of its own, and wait until it is idle."""
-    with _directory_for_everybody() as directory:
-        pool = Pool(
-            root=directory / "pool",
-            workspace=directory / "workspace",
+    with directory_for_everybody() as directory:
+        async with pool_in(
+            directory,
             replicas=replicas,
             gateways=gateways,
+            settings=settings,
             credentials=credentials,
-            settings=settings or {},
-        )
-        headers = {"Authorization": f"Bearer {pool.token}"}
-        async with (
-            pool.running(),
-            httpx.AsyncClient(
-                base_url=pool.url,
-                headers=headers,
-                timeout=60,
-                trust_env=False,
-                # A test that waits for one job must not hold up another's.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            ) as http,
-        ):
-            running = RunningPool(pool, http)
+        ) as running:
             await running.idle(replicas)
             yield running
+
+
+@asynccontextmanager
+async def pool_in(
+    directory: Path,
+    *,
+    replicas: int,
+    gateways: int = 1,
+    settings: Mapping[str, str] | None = None,
+    credentials: str | None = None,
+    broker_url: str = "",
+) -> AsyncIterator[RunningPool]:
+    """Run a pool of real processes in a directory, which keeps what it knows.
+
+    Waits for nothing. With a `broker_url` it runs no broker.
+    """
+    pool = Pool(
+        root=directory / "pool",
+        workspace=directory / "workspace",
+        replicas=replicas,
+        gateways=gateways,
+        credentials=credentials,
+        settings=settings or {},
+        broker_url=broker_url,
+    )
+    headers = {"Authorization": f"Bearer {pool.token}"}
+    async with (
+        pool.running(),
+        httpx.AsyncClient(
+            base_url=pool.url,
+            headers=headers,
+            timeout=60,
+            trust_env=False,
+            # A test that waits for one job must not hold up another's.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        ) as http,
+    ):
+        yield RunningPool(pool, http)
 
 
 @contextmanager
@@ -206,7 +248,7 @@ def program_for_everybody(program: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _directory_for_everybody() -> Iterator[Path]:
+def directory_for_everybody() -> Iterator[Path]:
     """Make a directory below which the agent's user has its home and reaches the CLI."""
     directory = Path(tempfile.mkdtemp(prefix="pool-"))
     try:

@@ -71,6 +71,14 @@ async def test_a_gateway_cannot_pull(ends: Ends) -> None:
     assert await ends.inbound.depth() == 1
 
 
+@pytest.mark.parametrize("stream", [EVENTS_STREAM, "NEW"])
+async def test_only_the_broker_itself_carries_whole_streams(ends: Ends, stream: str) -> None:
+    for bus in (ends.gateway, ends.replica):
+        wish = json.dumps({"deliver_subject": bus.nats.new_inbox()}).encode()
+        assert await refused(bus, f"$JS.API.STREAM.SNAPSHOT.{stream}", wish)
+        assert await refused(bus, f"$JS.API.STREAM.RESTORE.{stream}")
+
+
 async def test_nobody_comes_in_with_a_wrong_password(nats_server: NatsServer, ends: Ends) -> None:
     assert ends.replica.is_connected
     for user, password in ((REPLICA_USER, "wrong"), ("", "")):

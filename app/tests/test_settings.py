@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from claude_jobs.broker import MAX_PAYLOAD_BYTES, configuration
+from claude_jobs.broker.configuration import MAX_PAYLOAD_BYTES, configuration
 from claude_jobs.replica.lines import MAX_EVENT_BYTES
 from claude_jobs.settings import (
     BrokerSettings,
@@ -163,8 +163,8 @@ def test_each_role_has_its_own_rights(secrets: Path) -> None:
     authorization = broker(secrets)["authorization"]
     assert isinstance(authorization, dict)
     users = {user["user"]: user for user in authorization["users"]}
-    assert users.keys() == {"gateway", "replica"}
-    assert users["gateway"]["password"] != users["replica"]["password"]
+    assert users.keys() == {"gateway", "replica", "broker"}
+    assert len({user["password"] for user in users.values()}) == 3
     for name, user in users.items():
         assert user["permissions"]["subscribe"] == {"allow": [f"_INBOX_{name}.>"]}
     replica = users["replica"]["permissions"]["publish"]["allow"]
@@ -172,7 +172,11 @@ def test_each_role_has_its_own_rights(secrets: Path) -> None:
     assert not any(subject in {">", "$JS.API.>", "$KV.>"} for subject in replica)
     assert not any("STREAM.CREATE" in subject or "PURGE" in subject for subject in replica)
     gateway = users["gateway"]["permissions"]["publish"]
-    assert gateway["deny"] == ["$JS.API.CONSUMER.MSG.NEXT.JOBS.>"]
+    assert gateway["deny"] == [
+        "$JS.API.CONSUMER.MSG.NEXT.JOBS.>",
+        "$JS.API.STREAM.SNAPSHOT.>",
+        "$JS.API.STREAM.RESTORE.>",
+    ]
 
 
 def test_what_is_accepted_is_on_disk_where_the_server_can(secrets: Path) -> None:
@@ -186,6 +190,51 @@ def test_only_the_clients_port_is_open_to_others(secrets: Path) -> None:
     made = broker(secrets)
     assert made["listen"] == "0.0.0.0:4222"
     assert made["http"] == "127.0.0.1:8222"
+
+
+def test_a_lone_server_is_what_it_was(secrets: Path) -> None:
+    made = broker(secrets)
+    assert made["server_name"] == "nats"
+    assert isinstance(made["jetstream"], dict)
+    assert made["jetstream"]["store_dir"] == "/data"
+    assert "cluster" not in made
+
+
+@pytest.mark.parametrize(
+    ("servers", "given", "routes"),
+    [
+        ("3", "", ["nats:6222/0", "nats:6222/1", "nats:6222/2"]),
+        ("3", "a:1, b:2,nats://c:3", ["a:1/0", "b:2/0", "c:3/0"]),
+        ("5", "a:1,b:2", ["a:1/0", "b:2/0", "a:1/1", "b:2/1", "a:1/2", "b:2/2"]),
+    ],
+)
+def test_several_servers_know_how_many_they_are_and_let_nobody_else_in(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch, servers: str, given: str, routes: list[str]
+) -> None:
+    monkeypatch.setenv("BROKER_SERVERS", servers)
+    monkeypatch.setenv("BROKER_ROUTES", given)
+    monkeypatch.setenv("NODE_NAME", "manager-1.example")
+    made = broker(secrets)
+    assert made["server_name"] == "nats-manager-1.example"
+    assert isinstance(made["jetstream"], dict)
+    assert made["jetstream"]["store_dir"] == "/data/cluster"
+    cluster = made["cluster"]
+    assert isinstance(cluster, dict)
+    assert cluster["listen"] == "0.0.0.0:6222"
+    password = cluster["authorization"]["password"]
+    assert cluster["routes"] == [f"nats-route://route:{password}@{route}" for route in routes]
+    assert isinstance(made["authorization"], dict)
+    assert password not in {user["password"] for user in made["authorization"]["users"]}
+
+
+@pytest.mark.parametrize("kind", [BrokerSettings, GatewaySettings])
+@pytest.mark.parametrize("servers", ["0", "2", "4", "-3"])
+def test_a_number_of_servers_without_a_clear_majority_is_refused(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ProcessSettings], servers: str
+) -> None:
+    monkeypatch.setenv("BROKER_SERVERS", servers)
+    said = refusal(kind, secrets)
+    assert said == "broker_servers: must be 1, 3 or 5: several servers decide by majority"
 
 
 def test_the_longest_line_fits_into_a_message() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 import nats.errors
 import nats.js.errors
@@ -11,6 +12,7 @@ from nats.js.errors import KeyNotFoundError
 from nats.js.kv import KeyValue
 
 from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.places import take_place
 from claude_jobs.bus.topology import CANCELLATIONS_BUCKET
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Cancellations:
             await asyncio.sleep(0.5)
 
     async def _changes(self, job_id: str) -> AsyncGenerator[None]:
-        watcher = await self._bucket.watch(job_id, ignore_deletes=True)
+        watcher = await take_place(partial(self._bucket.watch, job_id, ignore_deletes=True))
         try:
             async for entry in watcher:
                 # None marks the end of what the bucket held when the watch began.

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import nats.errors
 from nats.aio.client import Client
@@ -19,6 +21,12 @@ log = logging.getLogger(__name__)
 REQUEST_TIMEOUT = 5.0
 # The pause between two tries to reach a broker that was lost, in seconds.
 _RECONNECT_WAIT = 0.5
+# Seconds between two questions whether the broker is there. The third that stays open ends the
+# connection: a machine that lost its power closes none.
+_PING_EVERY = 3
+# The port of a URL without one, and how long (seconds) the addresses of a name are waited for.
+_PORT = 4222
+_RESOLVE_TIMEOUT = 2.0
 
 
 class _Client(Client):
@@ -55,6 +63,8 @@ class Bus:
 async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIterator[Bus]:
     """Connect to the broker at `url` as `user`; waits until it is there.
 
+    Several servers of one broker have commas between them, or one name that stands for them all.
+
     Once open, the connection repairs itself for ever. The inbox carries the user's name, so
     that the broker can keep one role from listening to another's replies. Each try to reach a
     broker that is away is logged as a warning.
@@ -70,6 +80,8 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
     async def on_disconnect() -> None:
         if not closing:
             log.warning("the broker is out of reach")
+            # A server that was started elsewhere has another address.
+            client.set_server_pool(await _servers(url))
 
     async def on_reconnect() -> None:
         log.info("the broker is in reach again")
@@ -78,7 +90,7 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
         try:
             client = _Client()
             await client.connect(
-                url,
+                await _servers(url),
                 user=user,
                 password=password,
                 name=name,
@@ -92,7 +104,7 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=_RECONNECT_WAIT,  # type: ignore[arg-type] # nats-py
                 connect_timeout=2,
-                ping_interval=10,
+                ping_interval=_PING_EVERY,
                 max_outstanding_pings=2,
             )
             break
@@ -106,3 +118,31 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
     finally:
         closing = True
         await client.close()
+
+
+async def _servers(url: str) -> list[str]:
+    """Return the URLs in a list, and those of each address of a name that stands for several.
+
+    By the name alone, a try to connect reaches only the first of them when that one is silent.
+    """
+    given = [each.strip() for each in url.split(",") if each.strip()]
+    found = dict.fromkeys(given)
+    for each in given:
+        parts = urlsplit(each if "://" in each else f"nats://{each}")
+        addresses = await _addresses(parts.hostname or "", parts.port or _PORT)
+        for address in addresses if len(addresses) > 1 else ():
+            place = f"[{address}]" if ":" in address else address
+            found[f"{parts.scheme}://{place}:{parts.port or _PORT}"] = None
+    return list(found)
+
+
+async def _addresses(host: str, port: int) -> list[str]:
+    """Return the addresses of a name at this moment; none while nobody knows it."""
+    try:
+        async with asyncio.timeout(_RESOLVE_TIMEOUT):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+    except (OSError, TimeoutError):
+        return []
+    return list(dict.fromkeys(str(place[0]) for *_, place in found))

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Self
 
 import nats.errors
@@ -16,6 +16,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.places import take_place
 from claude_jobs.bus.topology import EVENTS_STREAM
 from claude_jobs.contract.event import Completed, Event, Failed, parse_event
 
@@ -162,15 +163,18 @@ class EventCursor:
                 deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=self._after + 1
             )
         )
-        info = await self._bus.jetstream.add_consumer(
-            EVENTS_STREAM,
-            place,
-            filter_subject=self._subject,
-            ack_policy=AckPolicy.NONE,
-            inactive_threshold=_FORGOTTEN_AFTER,
-            # It is not worth a place on the disk: who loses it takes up another.
-            mem_storage=True,
-            num_replicas=1,
+        info = await take_place(
+            partial(
+                self._bus.jetstream.add_consumer,
+                EVENTS_STREAM,
+                place,
+                filter_subject=self._subject,
+                ack_policy=AckPolicy.NONE,
+                inactive_threshold=_FORGOTTEN_AFTER,
+                # It is not worth a place on the disk: who loses it takes up another.
+                mem_storage=True,
+                num_replicas=1,
+            )
         )
         self._name = info.name
         if self._after is None and info.delivered:

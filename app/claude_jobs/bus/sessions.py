@@ -28,6 +28,7 @@ from nats.js.kv import KeyValue
 
 from claude_jobs.bus.bucket_values import bucket_values
 from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.places import take_place
 from claude_jobs.bus.topology import SESSION_RECORDS_BUCKET, SESSIONS_STREAM
 from claude_jobs.contract.base import now
 from claude_jobs.contract.session import Session
@@ -214,15 +215,17 @@ class SessionLog:
 
     async def _messages(self, subjects: str, policy: DeliverPolicy) -> AsyncGenerator[Msg]:
         """Yield what the log holds at the moment; only headers unless everything is asked for."""
-        subscription = await self._bus.jetstream.subscribe(
-            subjects,
-            stream=SESSIONS_STREAM,
-            ordered_consumer=True,
-            config=ConsumerConfig(
-                deliver_policy=policy,
-                headers_only=policy is not DeliverPolicy.ALL,
-                idle_heartbeat=_READ_HEARTBEAT,
-            ),
+        subscription = await take_place(
+            lambda: self._bus.jetstream.subscribe(
+                subjects,
+                stream=SESSIONS_STREAM,
+                ordered_consumer=True,
+                config=ConsumerConfig(
+                    deliver_policy=policy,
+                    headers_only=policy is not DeliverPolicy.ALL,
+                    idle_heartbeat=_READ_HEARTBEAT,
+                ),
+            )
         )
         last = 0
         try:

@@ -19,6 +19,7 @@ from nats.js.api import (
 from nats.js.errors import NotFoundError
 
 from claude_jobs.bus.connection import Bus
+from claude_jobs.bus.servers import ensure_all_joined
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Bounds:
 
     `queue_limit` counts the jobs that are accepted and not yet ended. A replica that has not
     been heard of for `lease` has lost its job; one that was not heard of for `presence` is gone.
-    `submission_age` is how long an `Idempotency-Key` is remembered.
+    `submission_age` is how long an `Idempotency-Key` is remembered. Each of the broker's servers
+    holds one of the `copies`.
     """
 
     queue_limit: int = 1000
@@ -71,7 +73,11 @@ def events_subject(job_id: str) -> str:
 
 
 async def ensure_topology(bus: Bus, bounds: Bounds) -> None:
-    """Create what is missing and bring what exists in line with `bounds`."""
+    """Create what is missing and bring what exists in line with `bounds`.
+
+    Raises `ServersMissingError` where something is missing and not all of several servers have
+    joined: one of them may yet bring it. What exists is used with those that are there.
+    """
     await _ensure_stream(
         bus,
         StreamConfig(
@@ -150,6 +156,7 @@ async def _ensure_stream(bus: Bus, config: StreamConfig) -> None:
     try:
         await bus.jetstream.update_stream(config)
     except NotFoundError:
+        await _may_create(bus, config.num_replicas)
         await bus.jetstream.add_stream(config)
         log.info("created a stream", extra={"stream": config.name})
 
@@ -158,11 +165,19 @@ async def _ensure_bucket(bus: Bus, config: KeyValueConfig) -> None:
     try:
         stream = (await bus.jetstream.stream_info(f"KV_{config.bucket}")).config
     except NotFoundError:
+        await _may_create(bus, config.replicas)
         await bus.jetstream.create_key_value(config)
         log.info("created a bucket", extra={"bucket": config.bucket})
         return
-    if stream.max_age != config.ttl and config.ttl is not None:
-        stream.max_age = config.ttl
-        # The server refuses one that is longer than the age.
-        stream.duplicate_window = min(config.ttl, 120)
+    if (stream.max_age, stream.num_replicas) != (config.ttl, config.replicas):
+        stream.num_replicas = config.replicas
+        if config.ttl is not None:
+            stream.max_age = config.ttl
+            # The server refuses one that is longer than the age.
+            stream.duplicate_window = min(config.ttl, 120)
         await bus.jetstream.update_stream(stream)
+
+
+async def _may_create(bus: Bus, copies: int | None) -> None:
+    if copies is not None and copies > 1:
+        await ensure_all_joined(bus, copies)

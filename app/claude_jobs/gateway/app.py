@@ -12,6 +12,7 @@ from aiohttp import web
 
 from claude_jobs.broker import GATEWAY_USER
 from claude_jobs.bus.connection import connect
+from claude_jobs.bus.servers import ServersMissingError
 from claude_jobs.bus.topology import Bounds, ensure_topology
 from claude_jobs.gateway.auth import bearer_auth
 from claude_jobs.gateway.docs import show_docs
@@ -122,7 +123,9 @@ async def _hold_connection(state: GatewayState) -> None:
         event_bytes=settings.event_bytes,
         session_age=settings.session_age,
         session_bytes=settings.session_bytes,
+        copies=settings.broker_servers,
     )
+    away = state.absence
     async with connect(
         settings.broker_url,
         user=GATEWAY_USER,
@@ -133,8 +136,13 @@ async def _hold_connection(state: GatewayState) -> None:
             try:
                 await ensure_topology(bus, bounds)
                 state.backend = await Backend.open(bus)
+            except ServersMissingError as missing:
+                log.warning("the broker is not complete", extra={"cause": str(missing)})
+                state.absence = f"the job broker is not complete yet: {missing}"
+                await asyncio.sleep(0.5)
             except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
                 log.warning("the broker is not ready", extra={"cause": str(error) or repr(error)})
                 await asyncio.sleep(0.5)
+        state.absence = away
         log.info("ready")
         await keep_up(state.backend)

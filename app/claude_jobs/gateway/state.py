@@ -65,6 +65,8 @@ class GatewayState:
 
     settings: GatewaySettings
     backend: Backend | None = None
+    # Why there is none yet, in words for a client.
+    absence: str = "the job broker is out of reach"
     streams: set[web.StreamResponse] = field(default_factory=set)
     mount: WorkspaceMount = field(init=False)
     threads: WorkspaceThreads = field(init=False)
@@ -78,7 +80,7 @@ class GatewayState:
         if self.backend is None or not self.backend.bus.is_connected:
             raise RequestRefusedError(
                 ErrorCode.UNAVAILABLE,
-                "the job broker is out of reach: try again shortly",
+                f"{self.absence}: try again shortly",
                 retry_after=RETRY_AFTER,
             )
         return self.backend
