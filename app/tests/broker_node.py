@@ -28,7 +28,7 @@ class BrokerNode:
         self.name = name
         self.directory = directory
         self.secrets = secrets
-        self.port, self.cluster_port, self._monitor_port = free_port(), free_port(), free_port()
+        self.port = self.cluster_port = self._monitor_port = 0
         self.server: Process | None = None
         self.join: Process | None = None
         self._environment: dict[str, str] = {}
@@ -44,6 +44,7 @@ class BrokerNode:
 
     async def start(self, *, servers: int = 1, routes: Sequence[str] = ()) -> None:
         """Start what the entrypoint of the image starts."""
+        self.take_ports()
         self._environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             "SECRETS_DIR": str(self.secrets),
@@ -57,9 +58,17 @@ class BrokerNode:
             "NODE_NAME": self.name,
             **ROOM,
         }
+        if servers == 1:
+            self.cluster_port = 0
         self.server = await self._process("broker")
         if servers > 1:
             await self.start_join()
+
+    def take_ports(self) -> None:
+        """Take the node's ports, no earlier than they are used: others might use them before."""
+        self.port = self.port or free_port()
+        self._monitor_port = self._monitor_port or free_port()
+        self.cluster_port = self.cluster_port or free_port()
 
     async def start_join(self) -> None:
         self.join = await self._process("broker-join")
@@ -108,8 +117,6 @@ class BrokerNodes:
         secrets = directory / "pool" / "secrets"
         self.nodes = [BrokerNode(f"node-{n}", directory / f"node-{n}", secrets) for n in range(3)]
         self.first = self.nodes[0]
-        # The others learn of each other from the last.
-        self.routes = [f"127.0.0.1:{self.nodes[-1].cluster_port}"]
 
     @property
     def urls(self) -> str:
@@ -119,7 +126,11 @@ class BrokerNodes:
         await asyncio.gather(*map(self.start_one, self.nodes))
 
     async def start_one(self, node: BrokerNode) -> None:
-        await node.start(servers=len(self.nodes), routes=self.routes)
+        # The others learn of each other from the last.
+        last = self.nodes[-1]
+        last.take_ports()
+        routes = [f"127.0.0.1:{last.cluster_port}"]
+        await node.start(servers=len(self.nodes), routes=routes)
 
     async def joined(self) -> None:
         """Wait until every server has joined."""
