@@ -538,6 +538,14 @@ def test_an_engine_is_described_by_its_words_and_while_it_is_silent_by_its_setti
     assert (silent["firewall_backend"], silent["data_root"]) == ("iptables", "/other")
 
 
+def test_an_answer_of_the_engine_is_read_and_an_error_is_none() -> None:
+    head = b"HTTP/1.0 200 OK\r\nApi-Version: 1.45\r\nContent-Type: application/json"
+    assert look.parse_answer(head + b'\r\n\r\n{"NCPU": 2}\n') == ({"NCPU": 2}, "1.45")
+    assert look.parse_answer(b'HTTP/1.0 500 Oh\r\n\r\n{"message": "oh"}') == ({}, "")
+    assert look.parse_answer(b"") == ({}, "")
+    assert look.engine_info("/nowhere/docker.sock") == ({}, "")
+
+
 def test_settings_that_cannot_be_read_are_a_finding_of_their_own() -> None:
     assert look.daemon_config("") == ({}, "")
     assert look.daemon_config('{"live-restore": true}') == ({"live-restore": True}, "")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
@@ -156,30 +155,29 @@ def default_address() -> str:
 # The engine
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=15)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+def parse_answer(answer: bytes) -> tuple[Json, str]:
+    """Return the object in an answer of the engine and the version of its interface; nothing where it is not 200."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if head.split(b" ", 2)[1:2] != [b"200"]:
+        return {}, ""
+    version = re.search(r"^api-version: *(\S+)", head.decode(errors="replace"), re.IGNORECASE | re.MULTILINE)
+    return dict(json.loads(body)), version[1] if version else ""
 
 
 def engine_info(path: str) -> tuple[Json, str]:
-    """Return what the engine says about itself and the version of its interface; nothing when none answers."""
-    connection = _UnixConnection(path)
-    try:
-        connection.request("GET", "/info")
-        answer = connection.getresponse()
-        body = answer.read()
-        info = json.loads(body) if answer.status == 200 else {}
-        return dict(info), answer.getheader("Api-Version", "")
-    except (OSError, http.client.HTTPException, ValueError):
-        return {}, ""
-    finally:
-        connection.close()
+    """Return what the engine says about itself and the version of its interface; nothing when none answers.
+
+    In HTTP/1.0, where the answer ends with the connection: http.client takes half as long to load as Python itself,
+    and loading is most of what a module does on a slow machine.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(15)
+        try:
+            connection.connect(path)
+            connection.sendall(b"GET /info HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            return parse_answer(b"".join(iter(lambda: connection.recv(65536), b"")))
+        except (OSError, ValueError):
+            return {}, ""
 
 
 def daemon_config(text: str) -> tuple[Json, str]:
