@@ -47,6 +47,7 @@ BARE = (
     "systemd",
     "systemd-sysv",
     "udev",
+    "zstd",
 )
 # What the roles would install: there, but not started.
 PREPARED = (
