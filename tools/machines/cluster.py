@@ -108,8 +108,9 @@ class Cluster:
                 "ansible_port": machine.description.ssh_port,
                 "ansible_user": USER,
                 "ansible_ssh_private_key_file": str(cache.ssh_key()),
-                # The key is already in what these options say; Ansible repeats it.
                 "ansible_ssh_common_args": " ".join(machine.ssh_options()),
+                # Also how long sudo may take to begin, which an emulated CPU needs seconds for.
+                "ansible_ssh_timeout": 120,
                 "ansible_python_interpreter": "/usr/bin/python3",
                 "machine_api_port": machine.description.api_port,
             }
