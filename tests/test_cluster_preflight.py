@@ -88,6 +88,7 @@ def node(name: str, **more: Any) -> Json:
         "swarm": NO_SWARM | more.pop("swarm", {}),
         "kernel": {"ip_vs": True, "vxlan": True, "nfs": True, "nfsd": True},
         "held": [],
+        "admits": None,
     } | more
 
 
@@ -497,15 +498,29 @@ def test_peers_are_tried_where_we_listen_or_where_a_real_service_does() -> None:
         )
     ]
     listening = {"a": {"token": "t", "listening": [{"protocol": "udp", "port": 4789}]}}
-    peers = judge.cluster_peers({"a": node("a"), "b": node("b", held=held)}, listening, "b")
+    peers = judge.cluster_peers(
+        {"a": node("a"), "b": node("b", held=held)}, listening, "a", "b"
+    )
     ours = {"protocol": "udp", "port": 4789, "echo": True}
     real = [{"protocol": "tcp", "port": port, "echo": False} for port in (2377, 2049)]
     assert peers == [
         {"name": "a", "address": "192.168.9.1", "token": "t", "ports": [ours]},
         {"name": "b", "address": "192.168.9.2", "token": "", "ports": real},
     ]
-    (nas,) = judge.cluster_peers({}, {}, "192.168.7.9")
+    (nas,) = judge.cluster_peers({}, {}, "a", "192.168.7.9")
     assert (nas["address"], nas["ports"]) == ("192.168.7.9", [real[1]])
+
+
+def test_a_machine_whose_firewall_learns_of_a_new_one_only_now_is_not_tried() -> None:
+    nodes = {"a": node("a", admits=["192.168.9.1"]), "b": node("b")}
+    tried = {asker: [peer["name"] for peer in judge.cluster_peers(nodes, {}, asker)] for asker in nodes}
+    assert tried == {"a": ["a", "b"], "b": ["b"]}
+
+
+def test_a_new_machine_is_refused_where_limit_leaves_out_those_that_must_let_it_in() -> None:
+    nodes = cluster(a={"admits": ["192.168.9.1"]})
+    everything = judge.cluster_problems(nodes, {"b": {"tried": [], "paths": {}}}, WANTED)
+    assert any("--limit" in said and "a does not know b" in said for said in everything["problems"])
 
 
 # How a machine is looked at

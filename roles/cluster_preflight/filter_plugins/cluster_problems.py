@@ -248,6 +248,9 @@ def _pools(nodes: Mapping[str, Json], pools: list[str], found: Findings) -> None
         )
         if existing:
             found.warnings.append(f"{overlap} It is fixed for this swarm; only one that is made anew can have another.")
+        elif len(nodes) == 1 and not pools:
+            # Usual for a virtual machine behind NAT (10.0.2.0/24), and beyond the two networks that one machine needs.
+            found.warnings.append(f"{overlap} That can be avoided: set swarm_manager_default_addr_pool to [{free}].")
         else:
             found.problems.append(f"{overlap} Set swarm_manager_default_addr_pool to another, such as [{free}].")
 
