@@ -498,9 +498,7 @@ def test_peers_are_tried_where_we_listen_or_where_a_real_service_does() -> None:
         )
     ]
     listening = {"a": {"token": "t", "listening": [{"protocol": "udp", "port": 4789}]}}
-    peers = judge.cluster_peers(
-        {"a": node("a"), "b": node("b", held=held)}, listening, "a", "b"
-    )
+    peers = judge.cluster_peers({"a": node("a"), "b": node("b", held=held)}, listening, "a", "b")
     ours = {"protocol": "udp", "port": 4789, "echo": True}
     real = [{"protocol": "tcp", "port": port, "echo": False} for port in (2377, 2049)]
     assert peers == [
@@ -513,7 +511,9 @@ def test_peers_are_tried_where_we_listen_or_where_a_real_service_does() -> None:
 
 def test_a_machine_whose_firewall_learns_of_a_new_one_only_now_is_not_tried() -> None:
     nodes = {"a": node("a", admits=["192.168.9.1"]), "b": node("b")}
-    tried = {asker: [peer["name"] for peer in judge.cluster_peers(nodes, {}, asker)] for asker in nodes}
+    tried = {
+        asker: [peer["name"] for peer in judge.cluster_peers(nodes, {}, asker)] for asker in nodes
+    }
     assert tried == {"a": ["a", "b"], "b": ["b"]}
 
 

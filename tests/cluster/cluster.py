@@ -45,9 +45,7 @@ class Cluster:
 
     def host(self, name: str) -> Host:
         """Return a machine to run commands on, as root."""
-        return testinfra.get_host(
-            f"ansible://{name}?ansible_inventory={self.inventory}", sudo=True
-        )
+        return testinfra.get_host(f"ansible://{name}?ansible_inventory={self.inventory}", sudo=True)
 
     def variables(self, name: str) -> dict[str, Any]:
         """Return what the inventory says of a machine."""
@@ -83,9 +81,7 @@ class Cluster:
         shown = self.lines(
             "service", "ps", f"{STACK}_{service}", "--filter", "desired-state=running", on=on
         )
-        return Counter(
-            task["Node"] for task in shown if task["CurrentState"].startswith("Running")
-        )
+        return Counter(task["Node"] for task in shown if task["CurrentState"].startswith("Running"))
 
     @cached_property
     def replicas(self) -> int:

@@ -25,7 +25,9 @@ ORDER = ("test_nodes", "test_preflight", "test_jobs", "test_losses", "test_manag
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--machines", type=Path, help="directory of the virtual machines of the cluster")
+    parser.addoption(
+        "--machines", type=Path, help="directory of the virtual machines of the cluster"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

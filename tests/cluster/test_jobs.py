@@ -56,9 +56,7 @@ def test_a_file_of_one_node_is_read_on_another(whole: Cluster, directory: str, r
     assert all("one" in text for text in texts), texts
 
 
-def test_thirty_jobs_of_ten_clients_run_once_each(
-    whole: Cluster, directory: str, run: Run
-) -> None:
+def test_thirty_jobs_of_ten_clients_run_once_each(whole: Cluster, directory: str, run: Run) -> None:
     """Each job makes a file of its own name and of chance: two runs would make two."""
     jobs = [f"job-{number:02}" for number in range(30)]
 
@@ -70,7 +68,9 @@ def test_thirty_jobs_of_ten_clients_run_once_each(
     async def all_clients() -> list[str]:
         async with AsyncExitStack() as stack:
             clients = [
-                await stack.enter_async_context(whole.client(whole.nodes[number % len(whole.nodes)]))
+                await stack.enter_async_context(
+                    whole.client(whole.nodes[number % len(whole.nodes)])
+                )
                 for number in range(10)
             ]
             await asyncio.gather(

@@ -41,7 +41,9 @@ def test_jobs_of_a_machine_that_loses_power_end_on_others(
 
     async def lose_power() -> dict[str, list[str]]:
         async with whole.client(whole.managers[0]) as client:
-            jobs = await running_jobs(client, whole.replicas, "wait 60 seconds", directory=directory)
+            jobs = await running_jobs(
+                client, whole.replicas, "wait 60 seconds", directory=directory
+            )
             hit = {place: job for place, job in jobs.items() if place.startswith(f"{victim}/")}
             assert hit, f"no job ran on {victim}: {list(jobs)}"
             await asyncio.to_thread(machines.power_off, victim)
@@ -67,9 +69,7 @@ def test_jobs_of_a_machine_that_loses_power_end_on_others(
 
 
 @pytest.mark.machines
-def test_jobs_wait_for_the_workspace_and_then_end(
-    whole: Cluster, directory: str, run: Run
-) -> None:
+def test_jobs_wait_for_the_workspace_and_then_end(whole: Cluster, directory: str, run: Run) -> None:
     """The NFS server stops under running jobs: they stall and go on; nothing is lost."""
     server = whole.host(whole.nfs_server)
     lines = 30

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.machines, pytest.mark.managers]
 def swarm_leader(cluster: Cluster, *, on: str) -> str:
     """Return the manager that leads the swarm."""
     nodes = cluster.lines("node", "ls", on=on)
-    return next(node["Hostname"] for node in nodes if node["ManagerStatus"] == "Leader")
+    return next(str(node["Hostname"]) for node in nodes if node["ManagerStatus"] == "Leader")
 
 
 def broker_leader(cluster: Cluster, stream: str, *, on: str) -> str:
@@ -34,7 +34,9 @@ def broker_leader(cluster: Cluster, stream: str, *, on: str) -> str:
 
 def test_everything_has_three_copies(whole: Cluster) -> None:
     manager = whole.managers[0]
-    container = whole.docker("ps", "--quiet", "--filter", f"name={STACK}_nats", on=manager).split()[0]
+    container = whole.docker("ps", "--quiet", "--filter", f"name={STACK}_nats", on=manager).split()[
+        0
+    ]
     address = "http://127.0.0.1:8222/jsz?streams=true"
     shown = json.loads(whole.docker("exec", container, "curl", "--silent", address, on=manager))
     streams = shown["account_details"][0]["stream_detail"]

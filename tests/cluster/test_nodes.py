@@ -26,9 +26,7 @@ def test_services_run_the_same_image_by_its_id_on_every_node(cluster: Cluster) -
     services = json.loads(
         cluster.docker("service", "inspect", *cluster.docker("service", "ls", "--quiet").split())
     )
-    (image,) = {
-        service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] for service in services
-    }
+    (image,) = {service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] for service in services}
     assert image.startswith("sha256:")
     for name in cluster.nodes:
         assert cluster.docker("image", "inspect", "--format", "{{.Id}}", image, on=name) == image

@@ -41,8 +41,8 @@ FAULTS = {
         "7946",
     ),
     "disk": (
-        "fallocate --length $(( ($(df --output=avail --block-size=1M /var/lib/docker | tail -1) - 500)"
-        " ))M /var/lib/docker/fault",
+        "free=$(df --output=avail --block-size=1M /var/lib/docker | tail -1);"
+        " fallocate --length $((free - 500))M /var/lib/docker/fault",
         "rm /var/lib/docker/fault",
         "disk",
     ),

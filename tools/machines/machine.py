@@ -207,7 +207,10 @@ def _command(description: Description, image: Image) -> list[str]:
     ]
     forwards = {description.ssh_port: 22, description.api_port: API_PORT}
     access = ",".join(
-        ["user,id=access", *(f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in forwards.items())]
+        [
+            "user,id=access",
+            *(f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in forwards.items()),
+        ]
     )
     lan = f"socket,id=lan,mcast=230.0.0.1:{description.lan_port},localaddr=127.0.0.1"
     return [

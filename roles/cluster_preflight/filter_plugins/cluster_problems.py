@@ -379,8 +379,8 @@ def _strangers(nodes: Mapping[str, Json], reach: Mapping[str, Json], found: Find
     for peer in sorted(nodes.keys() - reach.keys()):
         if new := [asker for asker in sorted(reach) if asker in nodes and _shut_out(asker, peer, nodes)]:
             found.problems.append(
-                f"The firewall of {peer} does not know {_names(new)} yet, and {peer} is left out of this run. Run it once "
-                "without --limit."
+                f"The firewall of {peer} does not know {_names(new)} yet, and {peer} is left out of this run. Run "
+                "it once without --limit."
             )
 
 
@@ -502,7 +502,7 @@ def cluster_listens(node: Json, tcp_ports: list[int], udp_ports: list[int]) -> d
 
 
 def _shut_out(asker: str, peer: str, nodes: Mapping[str, Json]) -> bool:
-    """Return whether our own firewall, from an earlier run, does not know a machine that has joined the inventory since."""
+    """Return whether our own firewall, from an earlier run, does not know a machine that is new in the inventory."""
     admits = nodes[peer]["admits"]
     return admits is not None and nodes[asker]["address"] not in admits
 
