@@ -109,6 +109,8 @@ class Cluster:
                 "ansible_user": USER,
                 "ansible_ssh_private_key_file": str(cache.ssh_key()),
                 "ansible_ssh_common_args": " ".join(machine.ssh_options()),
+                # Without Ansible's -C: to compress costs an emulated CPU more than to send.
+                "ansible_ssh_args": "-o ControlMaster=auto -o ControlPersist=10m",
                 # Also how long sudo may take to begin, which an emulated CPU needs seconds for.
                 "ansible_ssh_timeout": 120,
                 "ansible_python_interpreter": "/usr/bin/python3",

@@ -180,7 +180,7 @@ class Machine:
             *("-i", str(cache.ssh_key())),
             *("-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "ConnectTimeout=30"),
             *("-o", f"UserKnownHostsFile={known}", "-o", "GlobalKnownHostsFile=none"),
-            *("-o", f"Ciphers={CIPHER}", "-o", "Compression=no"),
+            *("-o", f"Ciphers={CIPHER}"),
         ]
 
     def console_end(self) -> str:
