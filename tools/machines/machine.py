@@ -18,7 +18,7 @@ from errors import MachineError
 from image import Image
 
 USER = "admin"
-# Encrypts fastest of all on an emulated CPU.
+# One that an emulated CPU encrypts quickly with.
 CIPHER = "aes128-gcm@openssh.com"
 STOP_SECONDS = 90
 # What the pool publishes (app_stack_port).
