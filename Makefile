@@ -1,12 +1,11 @@
 # The project's commands; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help environment lint test test-quick test-e2e test-cluster dev format requirements
+.PHONY: help environment lint test test-quick test-e2e dev format requirements
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 # Tools that talk to nobody: what they need is in .venv.
 export ANSIBLE_HOME := $(CURDIR)/.ansible
-SCENARIO ?= default
 SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment tools/cluster-environment \
 	tools/machines/customize tools/machines/tree/etc/systemd/system-generators/lan-address docker/entrypoint .ci/run \
 	examples/curl.sh app/tests/fake_claude app/tests/soaking_claude bench/stub_claude
@@ -22,7 +21,7 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	ruff format --check .
 	cd app && mypy claude_jobs tests
 	MYPYPATH=app mypy --config-file app/pyproject.toml --exclude tests/cluster tests bench
-	mypy --config-file app/pyproject.toml tests/cluster
+	MYPYPATH=app mypy --config-file app/pyproject.toml tests/cluster
 	mypy --config-file app/pyproject.toml tools/machines
 	mypy --config-file app/pyproject.toml roles/*/library/*.py roles/*/filter_plugins/*.py
 	yamllint --strict .
@@ -37,10 +36,6 @@ test-quick: lint ## Everything that needs no Docker: lint, units, real processes
 
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e
-
-test-cluster: environment ## A cluster of virtual machines; SCENARIO=ha takes three managers
-	@tools/cluster-environment
-	molecule test --scenario-name $(SCENARIO)
 
 test: test-quick test-e2e ## Everything (under half an hour on two cores)
 

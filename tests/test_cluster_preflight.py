@@ -43,6 +43,7 @@ WANTED: Json = {
     "disk_mb": 2048,
     "clock_skew_seconds": 5,
     "unknown": {},
+    "addresses": {"c": "192.168.9.3"},
 }
 NO_SWARM = {
     "state": "inactive",

@@ -456,8 +456,8 @@ def cluster_problems(nodes: Mapping[str, Json], reach: Mapping[str, Json], wante
     """Return ``problems``, with which the machines cannot be one swarm, and ``warnings``.
 
     ``nodes`` has what cluster_node says of each machine, ``reach`` what cluster_reach found from those that tried.
-    ``wanted`` has managers, nfs_server, replicas, cpu, memory, disk_mb, clock_skew_seconds, pools, port, and unknown:
-    the machines that could not be looked at, with the reason.
+    ``wanted`` has managers, nfs_server, replicas, cpu, memory, disk_mb, clock_skew_seconds, pools, port,
+    addresses (as far as they were given), and unknown: the machines that could not be looked at, with the reason.
     """
     found = Findings()
     nodes = dict(sorted(nodes.items()))
@@ -466,6 +466,11 @@ def cluster_problems(nodes: Mapping[str, Json], reach: Mapping[str, Json], wante
             f"{name} is left out by --limit and could not be looked at ({reason.strip().rstrip('.')}). Nothing "
             "about it was checked."
         )
+        if not wanted["addresses"].get(name):
+            found.problems.append(
+                f"{name} is left out and does not answer, so its address is not known, and the others would shut it "
+                "out when it is back. Give it in the inventory (node_address), or take the machine out of that."
+            )
     _engines(nodes, found)
     _swarms(nodes, found)
     _pools(nodes, wanted["pools"], found)
