@@ -163,7 +163,8 @@ async def run_agent(
         os.close(descriptor)
     if stopped is not None:
         return stopped
-    if run.result is None and run.fault is not None:
+    # An agent that ended by itself says more about it than whoever found its input closed.
+    if run.result is None and run.fault is not None and (run.exit_code or 0) <= 0:
         log.warning("the agent could not be started", extra={"cause": repr(run.fault)})
         return Failed(code=FailureCode.AGENT_ERROR, error=str(run.fault))
     return outcome(
