@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestClient, TestServer
 from nats_server import PASSWORDS, NatsServer
-from pool_client import RunningPool
+from pool_client import RunningPool, appears
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics,
 )
@@ -97,6 +97,7 @@ async def test_a_job_and_a_refusal_are_counted(pool: RunningPool) -> None:
     async with pool.job(waiting, workspace="counted") as stream:
         await stream.until("connected")
         during = await scrape(pool)
+        await appears(pool.workspace / "counted")
         (pool.workspace / "counted" / "go").touch()
         await stream.ending()
     await pool.refusal(method="POST", url="/api/execute", json={"prompt": ""})

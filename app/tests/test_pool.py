@@ -85,7 +85,8 @@ async def test_status_shows_who_works_on_what(pool: RunningPool) -> None:
         assert busy["replica"] == connected.data["replica"]
         assert busy["jobId"] == stream.response.headers["X-Job-Id"]
         assert (status["replicas"]["idle"], status["status"]) == (2, "idle")
-        (pool.workspace / "shown" / "go").touch()
+        await appears(pool.workspace / "shown/started")
+        (pool.workspace / "shown/go").touch()
         await stream.ending()
 
 
