@@ -29,7 +29,7 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	shellcheck --external-sources $(SHELL_SCRIPTS)
 	@if command -v hadolint >/dev/null; then echo hadolint Dockerfile; hadolint Dockerfile; fi
 
-test-quick: lint ## Everything that needs no Docker: lint, units, real processes (16 minutes)
+test-quick: lint ## Everything that needs no Docker: lint, units, real processes (25 minutes)
 	cd app && python -m pytest
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
 		tests/test_cluster_preflight.py
@@ -37,7 +37,7 @@ test-quick: lint ## Everything that needs no Docker: lint, units, real processes
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e
 
-test: test-quick test-e2e ## Everything (under half an hour on two cores)
+test: test-quick test-e2e ## Everything (35 minutes on two cores)
 
 dev: environment ## Run a pool without Docker: http://localhost:3000
 	PYTHONPATH=app python -m claude_jobs.development $(ARGS)

@@ -6,9 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# Used when apt has not yet read what its mirrors hold.
-ARCHIVE = "http://deb.debian.org/debian/"
-SECURITY = "http://deb.debian.org/debian-security/"
+from errors import MachineError
+
 # How a machine names this host.
 GATEWAY = "10.0.2.2"
 CERTIFICATES = Path("/usr/local/share/ca-certificates")
@@ -16,18 +15,18 @@ CERTIFICATES = Path("/usr/local/share/ca-certificates")
 
 @dataclass(frozen=True)
 class Mirrors:
-    """Where Debian packages come from."""
+    """Where Debian packages come from; `security` may be empty."""
 
     archive: str
     security: str
 
     def sources(self, release: str) -> list[str]:
         """Return the lines of a sources.list."""
-        return [
+        lines = [
             f"deb {self.archive} {release} main",
             f"deb {self.archive} {release}-updates main",
-            f"deb {self.security} {release}-security main",
         ]
+        return lines + ([f"deb {self.security} {release}-security main"] if self.security else [])
 
 
 def _output(*command: str) -> str:
@@ -37,7 +36,7 @@ def _output(*command: str) -> str:
 
 def mirrors() -> Mirrors:
     """Return the mirrors that this host's apt uses."""
-    known = {"Debian": ARCHIVE, "Debian-Security": SECURITY}
+    known = {"Debian": "", "Debian-Security": ""}
     listed = _output(
         "apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"
     )
@@ -45,6 +44,8 @@ def mirrors() -> Mirrors:
         label, _, address = line.rpartition(" ")
         if label in known:
             known[label] = address
+    if not known["Debian"]:
+        raise MachineError("apt knows no Debian mirror here: run apt-get update first.")
     return Mirrors(known["Debian"], known["Debian-Security"])
 
 
