@@ -179,3 +179,13 @@ def test_the_readme_lists_every_event_and_every_reason_of_an_error() -> None:
     words = " ".join(README.split())
     for code in FailureCode:
         assert f"`{code}` (" in words, code
+
+
+def test_what_the_plays_take_for_unset_is_the_default_of_the_role() -> None:
+    """A play does not see a role's defaults, so playbooks/vars/cluster.yml repeats some."""
+    text = (ROOT / "playbooks/vars/cluster.yml").read_text()
+    repeated = re.findall(r"\{\{ (app_stack_\w+) \| default\('?([^')]*)'?\) \}\}", text)
+    assert len(repeated) == text.count("app_stack_")
+    defaults = role_file("app_stack", "defaults/main.yml")
+    for name, default in repeated:
+        assert str(defaults[name]) == default, name
