@@ -44,3 +44,28 @@ async def test_presence_ends_with_a_good_bye_or_with_silence(nats_server: NatsSe
         async with asyncio.timeout(10):
             while await shown.list():
                 await asyncio.sleep(0.1)
+
+
+async def test_a_listing_under_news_shows_everybody_once(ends: Ends) -> None:
+    shown, announced = await Presence.open(ends.gateway), await Presence.open(ends.replica)
+    names = [f"replica-{number}" for number in range(8)]
+
+    async def announce() -> None:
+        for name in names:
+            await announced.announce(present(name))
+
+    async def announce_always() -> None:
+        while True:
+            await announce()
+
+    await announce()
+    async with asyncio.timeout(60):
+        for _ in range(100):
+            assert [each.replica for each in await shown.list()] == names
+        announcing = asyncio.create_task(announce_always())
+        try:
+            for _ in range(200):
+                assert [each.replica for each in await shown.list()] == names
+        finally:
+            announcing.cancel()
+            await asyncio.wait([announcing])

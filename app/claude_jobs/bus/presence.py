@@ -15,13 +15,14 @@ ANNOUNCE_EVERY = 2.0
 class Presence:
     """The bucket of replicas that are alive. A key lives for `Bounds.presence` without news."""
 
-    def __init__(self, bucket: KeyValue) -> None:
+    def __init__(self, bus: Bus, bucket: KeyValue) -> None:
+        self._bus = bus
         self._bucket = bucket
 
     @classmethod
     async def open(cls, bus: Bus) -> "Presence":
         """Open the bucket; raises `nats.js.errors.NotFoundError` until a gateway made it."""
-        return cls(await bus.jetstream.key_value(PRESENCE_BUCKET))
+        return cls(bus, await bus.jetstream.key_value(PRESENCE_BUCKET))
 
     async def announce(self, replica: Replica) -> None:
         """Say what the replica does now."""
@@ -41,5 +42,6 @@ class Presence:
 
     async def list(self) -> list[Replica]:
         """Return the replicas that are alive, by node and name."""
-        replicas = map(Replica.model_validate_json, await bucket_values(self._bucket))
+        values = await bucket_values(self._bus.jetstream, PRESENCE_BUCKET)
+        replicas = map(Replica.model_validate_json, values)
         return sorted(replicas, key=lambda replica: (replica.node, replica.replica))

@@ -300,13 +300,14 @@ class _Writer:
 class SessionRecords:
     """The bucket of session records. A record is also the lock: one job at a time."""
 
-    def __init__(self, bucket: KeyValue) -> None:
+    def __init__(self, bus: Bus, bucket: KeyValue) -> None:
+        self._bus = bus
         self._bucket = bucket
 
     @classmethod
     async def open(cls, bus: Bus) -> "SessionRecords":
         """Open the bucket; raises `nats.js.errors.NotFoundError` until a gateway made it."""
-        return cls(await bus.jetstream.key_value(SESSION_RECORDS_BUCKET))
+        return cls(bus, await bus.jetstream.key_value(SESSION_RECORDS_BUCKET))
 
     async def get(self, session_id: str) -> Session | None:
         """Return a session's record, or None when it is not known (any more)."""
@@ -363,7 +364,8 @@ class SessionRecords:
 
     async def list(self) -> list[Session]:
         """Return all records, the last used first."""
-        sessions = map(Session.model_validate_json, await bucket_values(self._bucket))
+        values = await bucket_values(self._bus.jetstream, SESSION_RECORDS_BUCKET)
+        sessions = map(Session.model_validate_json, values)
         return sorted(sessions, key=lambda session: session.updated_at, reverse=True)
 
     async def _entry(self, session_id: str) -> tuple[Session, int] | None:
