@@ -39,7 +39,7 @@ test-e2e: environment ## A deployment on this machine, under its own name and po
 
 test: test-quick test-e2e ## Everything (35 minutes on two cores)
 
-dev: environment ## Run a pool without Docker: http://localhost:3000
+dev: environment ## Run a pool without Docker: http://127.0.0.1:3000
 	PYTHONPATH=app python -m claude_jobs.development $(ARGS)
 
 format: environment ## Put the code into the project's form

@@ -25,7 +25,7 @@ class Peer:
     @property
     def url(self) -> str:
         """The address of its proxy."""
-        return f"http://localhost:{self.port}"
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def replicas(self) -> str:

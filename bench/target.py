@@ -75,7 +75,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that name the pool."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--stack", default="claude-code-stack", help="name of the stack")
-    options.add_argument("--url", default="http://localhost:3000", help="address of the gateway")
+    options.add_argument("--url", default="http://127.0.0.1:3000", help="address of the gateway")
     options.add_argument(
         "--token-file",
         type=Path,

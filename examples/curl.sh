@@ -4,7 +4,7 @@
 #   CLAUDE_JOBS_TOKEN=… examples/curl.sh [URL]
 set -euo pipefail
 
-url=${1:-${CLAUDE_JOBS_URL:-http://localhost:3000}}
+url=${1:-${CLAUDE_JOBS_URL:-http://127.0.0.1:3000}}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

@@ -13,7 +13,7 @@ import httpx
 from httpx_sse import connect_sse
 
 api = httpx.Client(
-    base_url=os.environ.get("CLAUDE_JOBS_URL", "http://localhost:3000"),
+    base_url=os.environ.get("CLAUDE_JOBS_URL", "http://127.0.0.1:3000"),
     headers={"Authorization": f"Bearer {os.environ['CLAUDE_JOBS_TOKEN']}"},
     timeout=45,  # a comment comes every 15 s: longer silence is a dead line
 )

@@ -80,7 +80,7 @@ def pool(deployment: Deployment, first_run: Run) -> Pool:
     """Return the deployed pool."""
     assert first_run.code == 0
     return Pool(
-        f"http://localhost:{deployment.port}",
+        f"http://127.0.0.1:{deployment.port}",
         (deployment.secrets / "api_token").read_text().strip(),
         deployment.workspace,
         replicas=REPLICAS,

@@ -22,7 +22,7 @@ def test_a_deployment_without_credentials_says_that_it_is_a_demo(
 def test_a_deployment_ends_with_a_line_to_try_it_and_the_place_of_the_token(
     first_run: Run, deployment: Deployment
 ) -> None:
-    assert f"http://localhost:{deployment.port}/api/execute" in first_run.text
+    assert f"http://127.0.0.1:{deployment.port}/api/execute" in first_run.text
     assert str(deployment.secrets / "api_token") in first_run.text
     assert (deployment.secrets / "api_token").read_text().strip() not in first_run.output
 

@@ -4,7 +4,8 @@
     python3 tools/machines destroy --state DIR
 
 `start` reads a JSON object: {"NAME": {"release": "trixie", "address": "192.168.77.11"}, ...};
-memory_mb, cpus and disk_gb may be given, too.
+memory_mb, cpus and disk_gb may be given, too, and share: a directory of this host whose files
+the machine finds at http://10.0.2.100/.
 """
 
 import argparse

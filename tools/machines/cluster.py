@@ -32,6 +32,7 @@ class Request:
     memory_mb: int = 2048
     cpus: int = 2
     disk_gb: int = 16
+    share: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", self.name):

@@ -14,6 +14,7 @@ from typing import Any
 import accelerator
 import cache
 import monitor
+import share
 from errors import MachineError
 from image import Image
 
@@ -21,6 +22,8 @@ USER = "admin"
 # One that an emulated CPU encrypts quickly with.
 CIPHER = "aes128-gcm@openssh.com"
 STOP_SECONDS = 90
+# Where a machine finds the files of the shared directory: http://10.0.2.100/
+SHARE = "10.0.2.100:80"
 # What the pool publishes (app_stack_port).
 API_PORT = 3000
 # What a kernel does for safety or to watch itself takes seconds on an emulated CPU.
@@ -52,6 +55,7 @@ class Description:
     memory_mb: int = 2048
     cpus: int = 2
     disk_gb: int = 16
+    share: str = ""
 
 
 class Machine:
@@ -210,6 +214,7 @@ def _command(description: Description, image: Image) -> list[str]:
         [
             "user,id=access",
             *(f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in forwards.items()),
+            *([f"guestfwd=tcp:{SHARE}-cmd:{share.command(description.share)}"] if description.share else []),
         ]
     )
     lan = f"socket,id=lan,mcast=230.0.0.1:{description.lan_port},localaddr=127.0.0.1"

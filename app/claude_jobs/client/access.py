@@ -7,7 +7,7 @@ import httpx
 
 from claude_jobs.client.errors import ClientError
 
-DEFAULT_URL = "http://localhost:3000"
+DEFAULT_URL = "http://127.0.0.1:3000"
 URL_VARIABLE = "CLAUDE_JOBS_URL"
 TOKEN_VARIABLE = "CLAUDE_JOBS_TOKEN"  # noqa: S105 - the name of a variable
 TOKEN_FILE_VARIABLE = "CLAUDE_JOBS_TOKEN_FILE"  # noqa: S105 - the name of a variable

@@ -39,7 +39,7 @@ class Client:
             async for event in job.events():
                 print(event.type, event.text)
 
-    `url` defaults to the variable `CLAUDE_JOBS_URL`, then http://localhost:3000; the token to
+    `url` defaults to the variable `CLAUDE_JOBS_URL`, then http://127.0.0.1:3000; the token to
     `token_file`, then `CLAUDE_JOBS_TOKEN`, `CLAUDE_JOBS_TOKEN_FILE` and
     `~/.config/claude-jobs/token`. Whatever fails for a time (a lost connection, 429, 503) is
     tried again; `give_up_after` is the longest that one such outage may last, in seconds.
