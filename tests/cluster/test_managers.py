@@ -45,6 +45,26 @@ def test_everything_has_three_copies(whole: Cluster) -> None:
     assert set(copies.values()) == {3}, copies
 
 
+def test_jobs_from_before_the_growth_ended_once(
+    cluster: Cluster, pytestconfig: pytest.Config, run: Run
+) -> None:
+    """They were accepted by a pool with one manager, and some of them ran while it grew."""
+    jobs = json.loads((pytestconfig.getoption("machines") / "jobs-before-growth.json").read_text())
+
+    async def ends() -> list[list[str]]:
+        async with cluster.client(cluster.managers[0]) as client:
+            seen = []
+            for job_id in jobs:
+                await client.result(job_id)
+                seen.append([event.type async for event in client.events(job_id)])
+            return seen
+
+    types = run(ends())
+    assert len(types) == len(jobs)
+    assert all(each.count("completed") == 1 for each in types)
+    assert all(each.count("recovering") == 0 for each in types)
+
+
 @pytest.mark.parametrize("leads", ["swarm", "broker"])
 def test_the_api_answers_soon_after_a_leader_loses_power(
     whole: Cluster, machines: Machines, directory: str, run: Run, leads: str

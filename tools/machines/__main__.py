@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "power-on": "start again, on the same disk",
         "unplug": "take off the LAN",
         "plug": "put back on the LAN",
+        "reinstall": "pull the plug and start again with a fresh disk",
     }.items():
         several = commands.add_parser(command, parents=[state], help=text)
         several.add_argument("names", nargs="+", metavar="NAME")
@@ -70,6 +71,10 @@ def _run(arguments: argparse.Namespace) -> str:
         case "destroy":
             cluster.destroy()
         case "power-on":
+            cluster.power_on(arguments.names)
+        case "reinstall":
+            for name in arguments.names:
+                cluster.machine(name).reinstall()
             cluster.power_on(arguments.names)
         case "status":
             return json.dumps(cluster.status(), indent=2)

@@ -73,16 +73,24 @@ class Machine:
         """Make the machine; its description comes last, so that a half is none."""
         machine = cls(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        machine._install(description)
+        (directory / "machine.json").write_text(json.dumps(asdict(description), indent=2) + "\n")
+        return machine
+
+    def reinstall(self) -> None:
+        """Pull the plug and put in a disk on which only the image is."""
+        self.power_off()
+        self._install(self.description)
+
+    def _install(self, description: Description) -> None:
         backing = Image(Path(description.image)).disk
         subprocess.run(
             [
                 *("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", "raw"),
-                *(str(machine._disk), f"{description.disk_gb}G"),
+                *(str(self._disk), f"{description.disk_gb}G"),
             ],
             check=True,
         )
-        (directory / "machine.json").write_text(json.dumps(asdict(description), indent=2) + "\n")
-        return machine
 
     @property
     def name(self) -> str:
