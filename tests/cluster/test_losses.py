@@ -7,43 +7,27 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from begun_jobs import begun_jobs
 from cluster import Cluster, wait_until
 from machines import Machines
 
-from claude_jobs.client import ApiError, Client, Job
+from claude_jobs.client import ApiError
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 PAUSE = 60  # seconds that the NFS server is away
-
-
-async def running_jobs(
-    client: Client, count: int, prompt: str, *, directory: str, seconds: float = 180
-) -> dict[str, Job]:
-    """Submit as many jobs and wait until all have begun; return them by their nodes and numbers."""
-    jobs = [await client.submit(prompt, workspace=directory) for _ in range(count)]
-    give_up = time.monotonic() + seconds
-    while True:
-        records = [await client.job(job.id) for job in jobs]
-        if all(record.status == "running" for record in records):
-            return {
-                f"{record.node}/{number}": job
-                for number, (record, job) in enumerate(zip(records, jobs, strict=True))
-            }
-        assert time.monotonic() < give_up, [record.status for record in records]
-        await asyncio.sleep(1)
 
 
 @pytest.mark.machines
 def test_jobs_of_a_machine_that_loses_power_end_on_others(
     whole: Cluster, machines: Machines, directory: str, run: Run
 ) -> None:
-    victim = whole.workers[0]
+    # Swarm moves no replica to a machine only because it came back.
+    tasks = whole.tasks("claude-api")
+    victim = max(whole.workers, key=lambda name: tasks[name])
 
     async def lose_power() -> dict[str, list[str]]:
         async with whole.client(whole.managers[0]) as client:
-            jobs = await running_jobs(
-                client, whole.replicas, "wait 60 seconds", directory=directory
-            )
+            jobs = await begun_jobs(client, whole.replicas, "sleep 60", directory=directory)
             hit = {place: job for place, job in jobs.items() if place.startswith(f"{victim}/")}
             assert hit, f"no job ran on {victim}: {list(jobs)}"
             await asyncio.to_thread(machines.power_off, victim)
@@ -74,12 +58,12 @@ def test_jobs_wait_for_the_workspace_and_then_end(whole: Cluster, directory: str
     server = whole.host(whole.nfs_server)
     lines = 30
     name = "$(cat /proc/sys/kernel/random/uuid)"
-    write = f"run f={name}; for i in $(seq {lines}); do echo $i >> $f; sleep 1; done; wc -l < $f"
+    write = f"f={name}; for i in $(seq {lines}); do echo $i >> $f; sleep 1; done; wc -l < $f"
 
     async def pause() -> list[str]:
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(whole.client(whole.managers[0]))
-            jobs = await running_jobs(client, whole.replicas, write, directory=directory)
+            jobs = await begun_jobs(client, whole.replicas, write, directory=directory)
             server.check_output("systemctl stop nfs-server")
             try:
                 await asyncio.sleep(PAUSE / 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from begun_jobs import begun_jobs
 from cluster import STACK, Cluster, wait_until
 from machines import Machines
 
@@ -79,15 +80,16 @@ def test_the_api_answers_soon_after_a_leader_loses_power(
 
     async def lose_leader() -> float:
         async with whole.client(other) as client:
-            before = [
-                await client.submit("wait 20 seconds", workspace=directory)
-                for _ in range(2 * whole.replicas)
+            begun = await begun_jobs(client, whole.replicas, "sleep 60", directory=directory)
+            waiting = [
+                await client.submit("say 10 bytes", workspace=directory)
+                for _ in range(whole.replicas)
             ]
             await asyncio.to_thread(machines.power_off, victim)
             lost = time.monotonic()
             after = await client.submit("say 10 bytes", workspace=directory)
             waited = time.monotonic() - lost
-            for job in (*before, after):
+            for job in (*begun.values(), *waiting, after):
                 await job.result()
                 types = [event.type async for event in job.events()]
                 assert types.count("completed") == 1

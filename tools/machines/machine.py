@@ -106,7 +106,8 @@ class Machine:
     def description(self) -> Description:
         """What the machine was made with."""
         stored: dict[str, Any] = json.loads((self.directory / "machine.json").read_text())
-        return Description(**{field.name: stored[field.name] for field in fields(Description)})
+        known = {field.name for field in fields(Description)}
+        return Description(**{name: value for name, value in stored.items() if name in known})
 
     def pid(self) -> int | None:
         """Return the id of the machine's QEMU, or None when it does not run."""
@@ -222,7 +223,11 @@ def _command(description: Description, image: Image) -> list[str]:
         [
             "user,id=access",
             *(f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in forwards.items()),
-            *([f"guestfwd=tcp:{SHARE}-cmd:{share.command(description.share)}"] if description.share else []),
+            *(
+                [f"guestfwd=tcp:{SHARE}-cmd:{share.command(description.share)}"]
+                if description.share
+                else []
+            ),
         ]
     )
     lan = f"socket,id=lan,mcast=230.0.0.1:{description.lan_port},localaddr=127.0.0.1"

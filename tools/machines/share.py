@@ -1,10 +1,16 @@
-"""Shows a directory to the machines: QEMU runs this for each connection, which is its standard input."""
+"""Shows a directory to the machines by HTTP.
 
+QEMU runs this for each connection, which is its standard input, output and error.
+"""
+
+import os
 import shlex
 import socket
 import sys
+from contextlib import redirect_stderr
 from functools import partial
-from http.server import SimpleHTTPRequestHandler
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
 
 
 def command(directory: str) -> str:
@@ -13,12 +19,14 @@ def command(directory: str) -> str:
     return shlex.join([sys.executable, __file__, directory]).replace(",", ",,")
 
 
-class _Handler(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: standard error is the connection, too."""
+def main(directory: str) -> None:
+    """Answer what one connection asks for."""
+    handler = partial(SimpleHTTPRequestHandler, directory=directory)
+    server = HTTPServer(("", 0), handler, bind_and_activate=False)
+    # The log of requests would be part of the answer.
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        server.process_request(socket.socket(fileno=0), ("machine", 0))
 
 
 if __name__ == "__main__":
-    connection = socket.socket(fileno=0)
-    partial(_Handler, directory=sys.argv[1])(connection, ("", 0), None)
-    connection.shutdown(socket.SHUT_RDWR)
+    main(sys.argv[1])
