@@ -189,3 +189,10 @@ def test_what_the_plays_take_for_unset_is_the_default_of_the_role() -> None:
     defaults = role_file("app_stack", "defaults/main.yml")
     for name, default in repeated:
         assert str(defaults[name]) == default, name
+
+
+@pytest.mark.parametrize("guide", ["README.md", "docs/*.md", "examples/*", "roles/*/README.md"])
+def test_no_guide_names_an_address_that_may_be_ipv6(guide: str) -> None:
+    """On ::1 the engine takes connections to a port that Swarm publishes, and never answers."""
+    for path in ROOT.glob(guide):
+        assert not re.search(r"//localhost\b", path.read_text()), path
