@@ -22,7 +22,7 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	cd app && mypy claude_jobs tests
 	MYPYPATH=app mypy --config-file app/pyproject.toml --exclude tests/cluster tests bench
 	MYPYPATH=app mypy --config-file app/pyproject.toml tests/cluster
-	mypy --config-file app/pyproject.toml tools/machines
+	mypy --config-file app/pyproject.toml tools/machines molecule/resources/strategy
 	mypy --config-file app/pyproject.toml roles/*/library/*.py roles/*/filter_plugins/*.py
 	yamllint --strict .
 	ansible-lint --offline
