@@ -130,7 +130,7 @@ def tries(
 
 def found(nodes: dict[str, Json], tried: dict[str, Json] | None = None, **wanted: Any) -> Json:
     tried = tries("".join(nodes)) if tried is None and len(nodes) > 1 else tried or {}
-    return dict(judge.cluster_problems(nodes, tried, WANTED | wanted))
+    return dict(judge.cluster_problems(nodes, tried, WANTED | {"agents": list(nodes)} | wanted))
 
 
 def problem(nodes: dict[str, Json], tried: dict[str, Json] | None = None, **wanted: Any) -> str:
@@ -346,6 +346,8 @@ def test_replicas_must_fit_by_cores_and_by_memory() -> None:
     assert "5 replicas do not fit, but 4: 2 on a, 2 on b" in (said := problem(nodes, replicas=5))
     assert "app_stack_replicas to 4 or less" in said
     assert "but 2: 1 on a, 1 on b" in problem(nodes, replicas=3, cpu="0.6")
+    # A machine that only serves files, or manages, has no room to give.
+    assert "3 replicas do not fit, but 2: 2 on b." in problem(nodes, replicas=3, agents=["b"])
     assert found(nodes, replicas=50, cpu="0", memory=0)["problems"] == []
     warnings = found(nodes, unknown={"c": "Timed out."})["warnings"]
     assert "could not be looked at (Timed out). Nothing" in warnings[0]
@@ -520,7 +522,9 @@ def test_a_machine_whose_firewall_learns_of_a_new_one_only_now_is_not_tried() ->
 
 def test_a_new_machine_is_refused_where_limit_leaves_out_those_that_must_let_it_in() -> None:
     nodes = cluster(a={"admits": ["192.168.9.1"]})
-    everything = judge.cluster_problems(nodes, {"b": {"tried": [], "paths": {}}}, WANTED)
+    everything = judge.cluster_problems(
+        nodes, {"b": {"tried": [], "paths": {}}}, WANTED | {"agents": list(nodes)}
+    )
     assert any("--limit" in said and "a does not know b" in said for said in everything["problems"])
 
 

@@ -307,7 +307,7 @@ def _replicas(nodes: Mapping[str, Json], wanted: Json, found: Findings) -> None:
         fit += [node["memory"] // memory] if memory else []
         return int(min(fit, default=wanted["replicas"]))
 
-    fit = {name: room(node) for name, node in nodes.items()}
+    fit = {name: room(node) for name, node in nodes.items() if name in wanted["agents"]}
     total = sum(fit.values())
     if total < wanted["replicas"]:
         text = (
@@ -456,7 +456,7 @@ def cluster_problems(nodes: Mapping[str, Json], reach: Mapping[str, Json], wante
     """Return ``problems``, with which the machines cannot be one swarm, and ``warnings``.
 
     ``nodes`` has what cluster_node says of each machine, ``reach`` what cluster_reach found from those that tried.
-    ``wanted`` has managers, nfs_server, replicas, cpu, memory, disk_mb, clock_skew_seconds, pools, port,
+    ``wanted`` has managers, agents, nfs_server, replicas, cpu, memory, disk_mb, clock_skew_seconds, pools, port,
     addresses (as far as they were given), and unknown: the machines that could not be looked at, with the reason.
     """
     found = Findings()
