@@ -39,6 +39,9 @@ class Cluster:
         groups = self._runner.inventory
         self.workers: list[str] = sorted(groups.get("swarm_workers", {}).get("hosts", []))
         self.nodes = [*self.managers, *self.workers]
+        self.agents = [
+            name for name in self.nodes if self.variables(name).get("node_runs_agents", True)
+        ]
         # Without such a group the first manager is it (playbooks/vars/cluster.yml).
         servers = groups.get("nfs_server", {}).get("hosts", []) or groups["swarm_managers"]["hosts"]
         self.nfs_server: str = servers[0]

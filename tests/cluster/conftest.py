@@ -1,10 +1,11 @@
 """Tests of a deployed cluster, as its operators and its clients see it.
 
-    CLAUDE_JOBS_TOKEN_FILE=.secrets/api_token pytest tests/cluster \\
-        --hosts=ansible://all --ansible-inventory=inventory/cluster
+    CLAUDE_JOBS_TOKEN_FILE=.secrets/api_token PYTHONPATH=app pytest tests/cluster \\
+        --ansible-inventory=inventory/cluster
 
 Tests that switch machines off need `--machines=DIR`, the directory of virtual machines that
-`tools/machines` made; without it they are left out.
+`tools/machines` made; without it they are left out, as are those that the inventory has too few
+managers or too few nodes with agents for.
 """
 
 import asyncio
@@ -33,22 +34,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machines: switches machines off")
     config.addinivalue_line("markers", "managers: needs three managers")
+    config.addinivalue_line("markers", "spread: needs several nodes that run agents")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER.index(item.path.stem))
-    has_machines = config.getoption("machines") is not None
-    kept = [item for item in items if has_machines or not item.get_closest_marker("machines")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    cluster = _cluster(config)
+    lacking = {
+        name
+        for name, there in {
+            "machines": config.getoption("machines") is not None,
+            "managers": len(cluster.managers) >= 3,
+            "spread": len(cluster.agents) >= 2,
+        }.items()
+        if not there
+    }
+    left_out = [item for item in items if lacking & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _cluster(config: pytest.Config) -> Cluster:
+    inventory = config.getoption("ansible_inventory")
+    token = Path(os.environ["CLAUDE_JOBS_TOKEN_FILE"]).read_text().strip()
+    return Cluster(Path(inventory), token)
 
 
 @pytest.fixture(scope="session")
 def cluster(pytestconfig: pytest.Config) -> Cluster:
     """Return the cluster of the inventory."""
-    inventory = pytestconfig.getoption("ansible_inventory")
-    token = Path(os.environ["CLAUDE_JOBS_TOKEN_FILE"]).read_text().strip()
-    return Cluster(Path(inventory), token)
+    return _cluster(pytestconfig)
 
 
 @pytest.fixture(scope="session")

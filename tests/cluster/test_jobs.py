@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
+import pytest
 from cluster import Cluster
 
 from claude_jobs.client import Client
@@ -20,9 +21,10 @@ async def run_job(client: Client, prompt: str, *, directory: str) -> str:
     return str((await client.job(job.id)).node)
 
 
+@pytest.mark.spread
 def test_replicas_are_spread_over_the_nodes(whole: Cluster) -> None:
     tasks = whole.tasks("claude-api")
-    assert set(tasks) == set(whole.nodes)
+    assert set(tasks) == set(whole.agents)
     assert max(tasks.values()) - min(tasks.values()) <= 1
 
 
@@ -37,6 +39,7 @@ def test_every_nodes_port_serves_the_pool(whole: Cluster, directory: str, run: R
     assert len(run(ask())) == len(whole.nodes)
 
 
+@pytest.mark.spread
 def test_a_file_of_one_node_is_read_on_another(whole: Cluster, directory: str, run: Run) -> None:
     async def write_and_read() -> tuple[str, list[str], list[str]]:
         async with whole.client(whole.managers[0]) as client:

@@ -18,6 +18,7 @@ PAUSE = 60  # seconds that the NFS server is away
 
 
 @pytest.mark.machines
+@pytest.mark.spread
 def test_jobs_of_a_machine_that_loses_power_end_on_others(
     whole: Cluster, machines: Machines, directory: str, run: Run
 ) -> None:
@@ -53,6 +54,7 @@ def test_jobs_of_a_machine_that_loses_power_end_on_others(
 
 
 @pytest.mark.machines
+@pytest.mark.spread
 def test_jobs_wait_for_the_workspace_and_then_end(whole: Cluster, directory: str, run: Run) -> None:
     """The NFS server stops under running jobs: they stall and go on; nothing is lost."""
     server = whole.host(whole.nfs_server)

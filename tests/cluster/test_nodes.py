@@ -3,7 +3,6 @@
 import json
 
 from cluster import Cluster
-from testinfra.host import Host
 
 WORKSPACE = "/srv/claude-code/workspace"
 
@@ -35,9 +34,9 @@ def test_services_run_the_same_image_by_its_id_on_every_node(cluster: Cluster) -
 def test_labels_say_what_runs_where(cluster: Cluster) -> None:
     for name in cluster.nodes:
         (node,) = json.loads(cluster.docker("node", "inspect", name))
-        assert node["Spec"]["Labels"]["claude-code.agents"] == "true"
-        is_manager = name in cluster.managers
-        assert node["Spec"]["Labels"]["claude-code.gateway"] == str(is_manager).lower()
+        labels = node["Spec"]["Labels"]
+        assert labels["claude-code.agents"] == str(name in cluster.agents).lower()
+        assert labels["claude-code.gateway"] == str(name in cluster.managers).lower()
 
 
 def test_the_workspace_is_one_and_the_same(cluster: Cluster) -> None:
@@ -89,6 +88,8 @@ def test_no_join_token_is_on_any_disk_of_a_worker(cluster: Cluster) -> None:
         assert found.stdout == "", name
 
 
-def test_the_engine_starts_with_the_machine(host: Host) -> None:
-    assert host.service("docker").is_enabled
-    assert host.service("docker").is_running
+def test_the_engine_starts_with_the_machine(cluster: Cluster) -> None:
+    for name in cluster.nodes:
+        engine = cluster.host(name).service("docker")
+        assert engine.is_enabled, name
+        assert engine.is_running, name
