@@ -92,14 +92,18 @@ async def cancel_job(request: web.Request) -> web.Response:
     backend = request.app[STATE].ready_backend()
     record = await _record(backend, request.match_info["job_id"])
     return _document(
-        await asyncio.shield(_cancel(backend, record, request[CLIENT].name)), status=202
+        await asyncio.shield(cancel(backend, record, request[CLIENT].name)), status=202
     )
 
 
 _PREFERENCE_APPLIED = {"Preference-Applied": "respond-async"}
 
 
-async def _cancel(backend: Backend, record: JobRecord, client: str) -> JobRecord:
+async def cancel(backend: Backend, record: JobRecord, client: str) -> JobRecord:
+    """Ask that a job be ended and return its record after that.
+
+    Raises `RequestRefusedError` when it has ended otherwise, or had ended before.
+    """
     if record.status in TERMINAL_STATUSES:
         raise _has_ended(record)
     # First of all: whichever replica has the job now or gets it later will see it.
@@ -109,7 +113,11 @@ async def _cancel(backend: Backend, record: JobRecord, client: str) -> JobRecord
     while True:
         writer = await backend.events.writer(record.id)
         if isinstance(writer.last, Completed | Failed):
-            raise _has_ended(record.ended(writer.last))
+            ended = record.ended(writer.last)
+            # The replica may have obeyed before the log was looked at.
+            if ended.status is JobStatus.CANCELLED:
+                return await _record(backend, record.id)
+            raise _has_ended(ended)
         if not isinstance(writer.last, Queued | None):
             return await _record(backend, record.id)
         # The log decides between this and a replica that takes the job at the same moment.
