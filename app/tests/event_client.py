@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pool_client import connected_to_broker
 
 from claude_jobs.broker import GATEWAY_USER, REPLICA_USER
-from claude_jobs.bus.connection import Bus, connect
+from claude_jobs.bus.connection import Bus
 from claude_jobs.bus.events import EventLog, EventWriter
 from claude_jobs.bus.records import JobRecords
 from claude_jobs.contract.event import Queued
@@ -73,7 +74,7 @@ class WrittenPool:
 
     @asynccontextmanager
     async def as_replica(self) -> AsyncIterator[Bus]:
-        async with _connected(self.pool, REPLICA_USER) as bus:
+        async with connected_to_broker(self.pool, REPLICA_USER) as bus:
             yield bus
 
 
@@ -144,7 +145,7 @@ async def written_pool(**settings: str) -> AsyncIterator[WrittenPool]:
                 trust_env=False,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             ) as http,
-            _connected(pool, GATEWAY_USER) as bus,
+            connected_to_broker(pool, GATEWAY_USER) as bus,
         ):
             await ready(http)
             yield WrittenPool(pool, bus, EventLog(bus), await JobRecords.open(bus), http)
@@ -166,10 +167,3 @@ def memory_of(process: Process) -> int:
     """Return the bytes that a process has in memory."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@asynccontextmanager
-async def _connected(pool: Pool, user: str) -> AsyncIterator[Bus]:
-    password = (pool.root / "secrets" / f"broker_{user}_password").read_text().strip()
-    async with connect(pool.broker_url, user=user, password=password, name=f"test {user}") as bus:
-        yield bus

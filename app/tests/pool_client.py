@@ -20,6 +20,7 @@ import psutil
 from httpx_sse import EventSource
 
 from claude_jobs.agent.command import bundled_claude
+from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.development import Pool
 
 TERMINAL = {"completed", "error"}
@@ -166,6 +167,14 @@ class RunningPool:
             await asyncio.sleep(0.01)
         (child,) = children
         return child
+
+
+@asynccontextmanager
+async def connected_to_broker(pool: Pool, user: str) -> AsyncIterator[Bus]:
+    """Connect to a pool's broker as one of its users."""
+    password = (pool.root / "secrets" / f"broker_{user}_password").read_text().strip()
+    async with connect(pool.broker_url, user=user, password=password, name=f"test {user}") as bus:
+        yield bus
 
 
 async def appears(path: Path) -> None:

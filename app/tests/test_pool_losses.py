@@ -4,6 +4,7 @@ Real processes are killed or stopped; each test leaves a whole pool behind.
 """
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,18 @@ import httpx
 import psutil
 import pytest
 import pytest_asyncio
-from pool_client import EventStream, ReceivedEvent, RunningPool, appears, running_pool
+from claude_agent_sdk import SessionKey, project_key_for_directory
+from pool_client import (
+    EventStream,
+    ReceivedEvent,
+    RunningPool,
+    appears,
+    connected_to_broker,
+    running_pool,
+)
+
+from claude_jobs.broker import REPLICA_USER
+from claude_jobs.bus.sessions import SessionLog
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 
@@ -45,9 +57,18 @@ async def losing() -> AsyncIterator[RunningPool]:
 async def begun(
     pool: RunningPool, stream: EventStream, directory: str
 ) -> tuple[Process, psutil.Process]:
-    """Wait until a job's agent works; returns its supervisor and the agent."""
-    supervisor = pool.replica(await stream.until("connected"))
+    """Wait until a job's agent works and its session is saved; returns its supervisor and it."""
+    connected = await stream.until("connected")
+    supervisor = pool.replica(connected)
     await appears(pool.workspace / directory / "started")
+    # Claude Code saves what it does a moment after it began to do it.
+    transcript: SessionKey = {
+        "project_key": project_key_for_directory(pool.workspace / directory),
+        "session_id": connected.data["sessionId"],
+    }
+    async with connected_to_broker(pool.pool, REPLICA_USER) as bus:
+        while '"tool_use"' not in json.dumps(await SessionLog(bus).load(transcript)):
+            await asyncio.sleep(0.02)
     return supervisor, await pool.agent(supervisor)
 
 

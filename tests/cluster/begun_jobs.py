@@ -22,5 +22,7 @@ async def begun_jobs(
     while missing := signs - {entry.name async for entry in client.files.list(directory)}:
         assert time.monotonic() < give_up, f"these never began: {missing}"
         await asyncio.sleep(1)
+    # Claude Code saves what it does a moment after it began: 0.1 s, and more on a busy node.
+    await asyncio.sleep(5)
     places = [(await client.job(job.id)).node for job in jobs]
     return {f"{node}/{number}": jobs[number] for number, node in enumerate(places)}

@@ -182,6 +182,8 @@ class Gate:
     def wait_began(self, job: str, *, seconds: float = 30) -> None:
         """Wait until an agent is at work on the job."""
         wait_until(lambda: self.began(job), f"an agent works on {job}", seconds=seconds)
+        # Claude Code saves what it does a moment (0.1 s) after it began; before, a lost job ends.
+        time.sleep(1)
 
     def open(self, container: str) -> None:
         """Let the jobs go on; done in a container, as only the pool's users may write there."""
