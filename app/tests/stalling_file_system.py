@@ -1,11 +1,13 @@
 """An empty directory on a file system whose server can go away: a FUSE server of its own process.
 
-Stopped (SIGSTOP) it leaves everybody who asks it waiting in the kernel, as an NFS server does that
-is away; continued (SIGCONT) it answers them all. It caches nothing.
+Stopped it leaves everybody who asks it waiting in the kernel, as an NFS server does that is away;
+continued (SIGCONT) it answers them all. It caches nothing. It stops itself between two requests:
+who waits for the answer to one that the server has read cannot even be killed, unlike with NFS.
 """
 
 import ctypes
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -36,23 +38,26 @@ class StallingDirectory:
     """The mounted directory, and a hand on its server."""
 
     path: Path
-    _server: int
+    _server: subprocess.Popen[bytes]
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
         """Let nobody be answered while the block runs."""
-        os.kill(self._server, signal.SIGSTOP)
+        assert self._server.stdin is not None
+        self._server.stdin.write(b"stop\n")
+        self._server.stdin.flush()
+        os.waitid(os.P_PID, self._server.pid, os.WSTOPPED)
         try:
             yield
         finally:
             self.go_on()
 
     def go_on(self) -> None:
-        os.kill(self._server, signal.SIGCONT)
+        self._server.send_signal(signal.SIGCONT)
 
     def go_on_in(self, seconds: float) -> None:
         """Have somebody else end the stall, should this process be held by it."""
-        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {self._server}"])
+        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {self._server.pid}"])
 
 
 @contextmanager
@@ -60,12 +65,13 @@ def stalling_directory(path: Path) -> Iterator[StallingDirectory]:
     """Mount it; skips the test where this user may not."""
     if os.geteuid() != 0 or not os.access(_DEVICE, os.W_OK):
         pytest.skip("only root mounts a file system, and only where there is /dev/fuse")
-    with subprocess.Popen([sys.executable, __file__, str(path)], stdout=subprocess.PIPE) as server:
+    command = [sys.executable, __file__, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         if not server.stdout.readline():
             pytest.skip("this machine does not let us mount a file system")
         try:
-            yield StallingDirectory(path, server.pid)
+            yield StallingDirectory(path, server)
         finally:
             server.kill()  # who still waits gets an error
             ctypes.CDLL(None).umount2(os.fsencode(path), _MNT_DETACH)
@@ -81,6 +87,11 @@ def _serve(path: str) -> None:
     sys.stdout.write("mounted\n")
     sys.stdout.flush()
     while True:
+        ready, _, _ = select.select([sys.stdin, device], [], [])
+        if sys.stdin in ready:
+            os.read(sys.stdin.fileno(), _BUFFER)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            continue
         request = os.read(device, _BUFFER)
         _, kind, unique = struct.unpack_from("<IIQ", request)
         if kind not in _NO_ANSWER:
