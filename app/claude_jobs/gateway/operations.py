@@ -473,8 +473,8 @@ _JOB_EVENTS = _operation(
         _parameter(
             "header",
             "Last-Event-ID",
-            "The `id` of the last event that you saw. It wins over `after`.",
-            _AFTER,
+            "The `id` of the last event that you saw, or empty for none. It wins over `after`.",
+            {"anyOf": [_AFTER, {"type": "string", "maxLength": 0}]},
         ),
         _parameter(
             "query", "after", "The same, where one cannot set a header.", _AFTER | {"default": 0}
