@@ -1,13 +1,13 @@
 # The project's commands; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help environment lint test test-quick test-e2e dev format requirements
+.PHONY: help environment lint test test-quick test-e2e test-cluster dev format requirements
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 # Tools that talk to nobody: what they need is in .venv.
 export ANSIBLE_HOME := $(CURDIR)/.ansible
 SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment tools/cluster-environment \
-	tools/machines/customize tools/machines/tree/etc/systemd/system-generators/lan-address docker/entrypoint .ci/run \
+	tools/machines/customize $(wildcard tools/machines/tree/etc/systemd/system-generators/*) docker/entrypoint .ci/run \
 	examples/curl.sh app/tests/fake_claude app/tests/soaking_claude bench/stub_claude
 
 help: ## Show this list
@@ -22,14 +22,14 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	cd app && mypy claude_jobs tests
 	MYPYPATH=app mypy --config-file app/pyproject.toml --exclude tests/cluster tests bench
 	MYPYPATH=app mypy --config-file app/pyproject.toml tests/cluster
-	mypy --config-file app/pyproject.toml tools/machines molecule/resources/strategy
+	mypy --config-file app/pyproject.toml tools/machines
 	mypy --config-file app/pyproject.toml roles/*/library/*.py roles/*/filter_plugins/*.py
 	yamllint --strict .
 	ansible-lint --offline
 	shellcheck --external-sources $(SHELL_SCRIPTS)
 	@if command -v hadolint >/dev/null; then echo hadolint Dockerfile; hadolint Dockerfile; fi
 
-test-quick: lint ## Everything that needs no Docker: lint, units, real processes (25 minutes)
+test-quick: lint ## Everything that needs no Docker: lint, units, real processes (20 minutes)
 	cd app && python -m pytest
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
 		tests/test_cluster_preflight.py
@@ -37,7 +37,12 @@ test-quick: lint ## Everything that needs no Docker: lint, units, real processes
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e
 
-test: test-quick test-e2e ## Everything (35 minutes on two cores)
+test: test-quick test-e2e ## Everything (30 minutes on two cores)
+
+test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (30 minutes)
+	tools/cluster-environment
+	molecule test
+	molecule test --scenario-name ha
 
 dev: environment ## Run a pool without Docker: http://127.0.0.1:3000
 	PYTHONPATH=app python -m claude_jobs.development $(ARGS)

@@ -4,8 +4,11 @@
     python3 tools/machines destroy --state DIR
 
 `start` reads a JSON object: {"NAME": {"release": "trixie", "address": "192.168.77.11"}, ...};
-memory_mb, cpus and disk_gb may be given, too, and share: a directory of this host whose files
-the machine finds at http://10.0.2.100/.
+memory_mb and cpus may be given, too, and share: a directory of this host whose files the machine
+finds at an address that `inventory` tells.
+
+They run under KVM where it works. Elsewhere their kernel is a process of this host (User Mode
+Linux). MACHINES_HYPERVISOR=tcg has QEMU emulate their CPUs instead, some twenty times slower.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""Finds out whether this host can run a kernel under KVM. A device file alone says little."""
+"""How QEMU runs a CPU, and whether this host can do it by KVM: a device file alone says little."""
 
 import os
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import cache
@@ -15,32 +14,28 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _KERNEL_RAN = "Unable to mount root"
 
 
-@dataclass(frozen=True)
-class Accelerator:
-    """How a machine's CPU is run."""
-
-    name: str
-    options: tuple[str, ...]
-
-
-KVM = Accelerator("kvm", ("-accel", "kvm", "-cpu", "host"))
-# A newer model of CPU has instructions that cost more to emulate than they save. These of its
-# instructions halve the time of a checksum.
-TCG = Accelerator("tcg", ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "Haswell-v4,+sha-ni"))
+OPTIONS = {
+    "kvm": ("-accel", "kvm", "-cpu", "host"),
+    # A newer model of CPU has instructions that cost more to emulate than they save. These of its
+    # instructions halve the time of a checksum.
+    "tcg": ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "Haswell-v4,+sha-ni"),
+}
 
 
-def best(kernel: Path) -> Accelerator:
-    """Return what runs the kernel; tried once in each boot of the host."""
+def has_kvm(kernel: Path) -> bool:
+    """Say whether KVM runs the kernel; tried once in each boot of the host."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
     boot = _BOOT_ID.read_text().strip()
-    known = cache.directory() / f"accelerator-{boot}"
+    known = cache.directory() / f"kvm-{boot}"
     if not known.exists():
-        found = KVM if os.access("/dev/kvm", os.R_OK | os.W_OK) and _runs(kernel) else TCG
-        for old in known.parent.glob("accelerator-*"):
+        found = "yes" if _runs(kernel) else "no"
+        for old in known.parent.glob("kvm-*"):
             old.unlink()
         new = known.with_suffix(f".{os.getpid()}")
-        new.write_text(found.name)
+        new.write_text(found)
         new.rename(known)
-    return KVM if known.read_text() == KVM.name else TCG
+    return known.read_text() == "yes"
 
 
 def _runs(kernel: Path) -> bool:
@@ -48,17 +43,8 @@ def _runs(kernel: Path) -> bool:
     with tempfile.TemporaryDirectory() as directory:
         serial = Path(directory) / "serial"
         command = [
-            *(
-                QEMU,
-                "-machine",
-                "q35",
-                *KVM.options,
-                "-m",
-                "512",
-                "-nodefaults",
-                "-display",
-                "none",
-            ),
+            *(QEMU, "-machine", "q35", *OPTIONS["kvm"], "-m", "512"),
+            *("-nodefaults", "-display", "none"),
             *("-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel)),
             *("-append", "console=ttyS0 panic=-1"),
         ]

@@ -1,6 +1,7 @@
 """The machines of one state directory: they share a LAN that no other machine is on."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -11,11 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerator
 import cache
 import image
+import user_mode_kernel
+from description import Description
 from errors import MachineError
-from machine import USER, Description, Machine
+from lan import Lan
+from machine import USER, Machine
 
+HYPERVISORS = ("kvm", "user-mode", "tcg")
+# Says what runs the machines, instead of what is best.
+CHOICE = "MACHINES_HYPERVISOR"
 # Emulated, on a busy host; an idle one takes half a minute.
 START_SECONDS = 600
 # Below the ports that the kernel gives to outgoing connections.
@@ -31,7 +39,6 @@ class Request:
     address: str
     memory_mb: int = 2048
     cpus: int = 2
-    disk_gb: int = 16
     share: str = ""
 
     def __post_init__(self) -> None:
@@ -65,15 +72,19 @@ class Cluster:
         images = {request.release: image.ready(request.release) for request in requests}
         self.state.mkdir(parents=True, exist_ok=True)
         lan_port = self._lan_port()
+        hypervisor = _hypervisor(next(iter(images.values())).kernel) if images else ""
         for request in requests:
             directory = self.state / request.name
             if Machine(directory).exists:
                 continue
+            ports = self._free_ports(3)
             description = Description(
                 **vars(request),
                 image=str(images[request.release].directory),
-                ssh_port=self._free_port(),
-                api_port=self._free_port(),
+                hypervisor=hypervisor,
+                ssh_port=ports[0],
+                api_port=ports[1],
+                share_port=ports[2],
                 lan_port=lan_port,
             )
             Machine.create(directory, description)
@@ -91,6 +102,7 @@ class Cluster:
         """Take away every machine and the directory."""
         for machine in self.machines():
             machine.power_off()
+        Lan(self.state).close()
         shutil.rmtree(self.state, ignore_errors=True)
 
     def status(self) -> dict[str, dict[str, Any]]:
@@ -116,6 +128,7 @@ class Cluster:
                 "ansible_ssh_timeout": 120,
                 "ansible_python_interpreter": "/usr/bin/python3",
                 "machine_api_port": machine.description.api_port,
+                "machine_share": machine.hypervisor.share_url,
             }
             for machine in self.machines()
             if machine.exists
@@ -128,10 +141,24 @@ class Cluster:
             recorded.write_text(f"{_free_port(socket.SOCK_DGRAM, set())}\n")
         return int(recorded.read_text())
 
-    def _free_port(self) -> int:
+    def _free_ports(self, count: int) -> list[int]:
         described = [machine.description for machine in self.machines() if machine.exists]
-        taken = {port for one in described for port in (one.ssh_port, one.api_port)}
-        return _free_port(socket.SOCK_STREAM, taken)
+        taken = {port for one in described for port in (one.ssh_port, one.api_port, one.share_port)}
+        ports: list[int] = []
+        for _ in range(count):
+            taken.add(port := _free_port(socket.SOCK_STREAM, taken))
+            ports.append(port)
+        return ports
+
+
+def _hypervisor(kernel: Path) -> str:
+    """Return what runs machines best here; prepares it."""
+    chosen = os.environ.get(CHOICE) or ("kvm" if accelerator.has_kvm(kernel) else "user-mode")
+    if chosen not in HYPERVISORS:
+        raise MachineError(f"{CHOICE} is '{chosen}'; it may be {', '.join(HYPERVISORS)}.")
+    if chosen == "user-mode":
+        user_mode_kernel.ready()
+    return chosen
 
 
 def _free_port(kind: socket.SocketKind, taken: set[int]) -> int:
@@ -152,7 +179,7 @@ def _await_answer(machine: Machine) -> None:
     while not machine.answers():
         if machine.pid() is None:
             raise MachineError(
-                f"QEMU of {machine.name} has ended. Its console:\n{machine.console_end()}"
+                f"The process of {machine.name} has ended. Its console:\n{machine.console_end()}"
             )
         if time.monotonic() > deadline:
             raise MachineError(

@@ -1,15 +1,17 @@
 """Shows a directory to the machines by HTTP.
 
-QEMU runs this for each connection, which is its standard input, output and error.
+QEMU runs this for each connection, which is its standard input, output and error. Beside a machine
+that is a process it runs as a server of its own.
 """
 
 import os
 import shlex
 import socket
 import sys
+import threading
 from contextlib import redirect_stderr
 from functools import partial
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
@@ -19,7 +21,15 @@ def command(directory: str) -> str:
     return shlex.join([sys.executable, __file__, directory]).replace(",", ",,")
 
 
-def main(directory: str) -> None:
+def serve(directory: str, port: int, alive: int) -> None:
+    """Serve at a port of the loopback until the pipe `alive` has nobody left who writes."""
+    handler = partial(SimpleHTTPRequestHandler, directory=directory)
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.read(alive, 1)
+
+
+def answer(directory: str) -> None:
     """Answer what one connection asks for."""
     handler = partial(SimpleHTTPRequestHandler, directory=directory)
     server = HTTPServer(("", 0), handler, bind_and_activate=False)
@@ -29,4 +39,7 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) > 2:
+        serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        answer(sys.argv[1])
