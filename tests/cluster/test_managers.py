@@ -49,7 +49,10 @@ def test_everything_has_three_copies(whole: Cluster) -> None:
 def test_jobs_from_before_the_growth_ended_once(
     cluster: Cluster, pytestconfig: pytest.Config, run: Run
 ) -> None:
-    """They were accepted by a pool with one manager, and some of them ran while it grew."""
+    """They were accepted by a pool with one manager, and some of them ran while it grew.
+
+    Those may have been held meanwhile, for longer than a lease: then they were recovered.
+    """
     jobs = json.loads((pytestconfig.getoption("machines") / "jobs-before-growth.json").read_text())
 
     async def ends() -> list[list[str]]:
@@ -63,7 +66,6 @@ def test_jobs_from_before_the_growth_ended_once(
     types = run(ends())
     assert len(types) == len(jobs)
     assert all(each.count("completed") == 1 for each in types)
-    assert all(each.count("recovering") == 0 for each in types)
 
 
 @pytest.mark.parametrize("leads", ["swarm", "broker"])

@@ -66,10 +66,10 @@ def test_what_the_nodes_say_to_each_other_is_encrypted(cluster: Cluster) -> None
 def test_the_ports_between_nodes_are_closed_to_others(cluster: Cluster) -> None:
     """From a container, where agents run, no port of the cluster's is reached on any node."""
     probe = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
-    asker = cluster.host(cluster.nodes[-1])
-    for name in cluster.managers[:1]:
+    for name, ports in ((cluster.managers[0], (2377, 7946)), (cluster.nfs_server, (2049,))):
+        asker = cluster.host(next(other for other in cluster.nodes if other != name))
         address = cluster.variables(name)["node_address"]
-        for port in (2377, 7946, 2049):
+        for port in ports:
             assert asker.run(f"python3 -c '{probe}' {address} {port}").succeeded, (name, port)
             inside = asker.run(
                 "docker run --rm --entrypoint python3 claude-code-sse-api:latest "

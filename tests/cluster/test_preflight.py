@@ -1,5 +1,6 @@
 """What is wrong with one node is said before anything changes, and names the node."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ def preflight(inventory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["ansible-playbook", "-i", str(inventory), "playbooks/preflight.yml"],
         cwd=ROOT,
+        env=os.environ | {"ANSIBLE_FORCE_COLOR": "false"},
         capture_output=True,
         text=True,
         check=False,
