@@ -23,25 +23,29 @@ def swarm_leader(cluster: Cluster, *, on: str) -> str:
     return next(str(node["Hostname"]) for node in nodes if node["ManagerStatus"] == "Leader")
 
 
-def broker_leader(cluster: Cluster, stream: str, *, on: str) -> str:
-    """Return the node whose server of the broker leads a stream."""
+def streams(cluster: Cluster, *, on: str) -> list[dict[str, Any]]:
+    """Return what the broker's server on a node knows of the streams."""
     container = cluster.docker("ps", "--quiet", "--filter", f"name={STACK}_nats", on=on).split()[0]
     address = "http://127.0.0.1:8222/jsz?streams=true"
     shown = json.loads(cluster.docker("exec", container, "curl", "--silent", address, on=on))
-    details = shown["account_details"][0]["stream_detail"]
-    leader = next(one["cluster"]["leader"] for one in details if one["name"] == stream)
-    return str(leader).removeprefix("nats-")
+    return [stream for account in shown["account_details"] for stream in account["stream_detail"]]
+
+
+def broker_leader(cluster: Cluster, stream: str, *, on: str) -> str:
+    """Return the node whose server of the broker leads a stream, once the one on `on` knows it."""
+
+    def ask() -> str:
+        leaders = {one["name"]: one["cluster"].get("leader") for one in streams(cluster, on=on)}
+        return str(leaders.get(stream) or "")
+
+    return wait_until(ask, f"{stream} has a leader", seconds=60).removeprefix("nats-")
 
 
 def test_everything_has_three_copies(whole: Cluster) -> None:
-    manager = whole.managers[0]
-    container = whole.docker("ps", "--quiet", "--filter", f"name={STACK}_nats", on=manager).split()[
-        0
-    ]
-    address = "http://127.0.0.1:8222/jsz?streams=true"
-    shown = json.loads(whole.docker("exec", container, "curl", "--silent", address, on=manager))
-    streams = shown["account_details"][0]["stream_detail"]
-    copies = {one["name"]: 1 + len(one["cluster"].get("replicas", [])) for one in streams}
+    copies = {
+        one["name"]: 1 + len(one["cluster"].get("replicas", []))
+        for one in streams(whole, on=whole.managers[0])
+    }
     assert {"JOBS", "EVENTS", "SESSIONS"} <= set(copies)
     assert set(copies.values()) == {3}, copies
 
