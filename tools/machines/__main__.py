@@ -95,6 +95,12 @@ def main() -> int:
     except MachineError as error:
         sys.stderr.write(f"machines: {error}\n")
         return 1
+    except FileNotFoundError as error:
+        sys.stderr.write(
+            f"machines: {error.filename} is not there: tools/cluster-environment installs all "
+            "that is needed.\n"
+        )
+        return 1
     if said:
         sys.stdout.write(f"{said}\n")
     return 0

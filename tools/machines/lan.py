@@ -10,9 +10,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import recorded
 from errors import MachineError
 
 BRIDGE = "lan"
+HOLDER = ["sleep", "infinity"]
 
 
 class Lan:
@@ -26,7 +28,7 @@ class Lan:
         if self._holder() is not None:
             return
         holder = subprocess.Popen(
-            ["unshare", "--user", "--map-root-user", "--net", "sleep", "infinity"],
+            ["unshare", "--user", "--map-root-user", "--net", *HOLDER],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -36,7 +38,10 @@ class Lan:
         deadline = time.monotonic() + 10
         while self._holder() is None:
             if holder.poll() is not None or time.monotonic() > deadline:
-                raise MachineError("This host gives no network namespace to machines (unshare).")
+                raise MachineError(
+                    "This host gives no network namespace to machines (unshare --user --net): "
+                    "allow it, or have them emulated (MACHINES_HYPERVISOR=tcg)."
+                )
             time.sleep(0.05)
         self._ip("link", "add", BRIDGE, "type", "bridge")
         self._ip("link", "set", BRIDGE, "up")
@@ -68,13 +73,8 @@ class Lan:
 
     def _holder(self) -> int | None:
         """Return the process that holds the namespace, once it does."""
-        try:
-            pid = int(self._pid_file.read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            return None
-        # Before, it is unshare itself; and the number may have passed to another process.
-        return pid if command == b"sleep\0infinity\0" else None
+        # Before, it is unshare itself.
+        return recorded.process(self._pid_file, lambda words: words == HOLDER)
 
     def _ip(self, *arguments: str) -> None:
         done = self._run("ip", *arguments)

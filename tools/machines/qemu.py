@@ -7,6 +7,7 @@ from pathlib import Path
 
 import accelerator
 import monitor
+import recorded
 import share
 from description import Description
 from errors import MachineError
@@ -47,14 +48,7 @@ class Qemu:
 
     def pid(self) -> int | None:
         """Return the id of the process, or None when the machine does not run."""
-        try:
-            pid = int(self._pid_file.read_text())
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            return None
-        # The number may have passed to another process meanwhile.
-        ours = str(self._pid_file).encode() in arguments and b"qemu" in arguments[0]
-        return pid if ours else None
+        return recorded.process(self._pid_file, lambda words: str(self._pid_file) in words)
 
     def start(self) -> None:
         """Start in the background; the machine then boots."""

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import recorded
 import share
 import user_mode_kernel
 from description import Description
@@ -54,13 +55,8 @@ class UserMode:
 
     def pid(self) -> int | None:
         """Return the id of the kernel's process, or None when the machine does not run."""
-        try:
-            pid = int(self._pid_file.read_text())
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            return None
-        # The number may have passed to another process meanwhile.
-        return pid if self._description.kernel_line[-1].encode() in arguments else None
+        told = set(self._description.kernel_line)
+        return recorded.process(self._pid_file, told.issubset)
 
     def start(self) -> None:
         """Start in the background; the machine then boots."""
