@@ -39,7 +39,7 @@ test-e2e: environment ## A deployment on this machine, under its own name and po
 
 test: test-quick test-e2e ## Everything (30 minutes on two cores)
 
-test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (30 minutes)
+test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (35 minutes)
 	tools/cluster-environment
 	molecule test
 	molecule test --scenario-name ha

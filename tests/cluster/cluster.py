@@ -45,6 +45,12 @@ class Cluster:
         # Without such a group the first manager is it (playbooks/vars/cluster.yml).
         servers = groups.get("nfs_server", {}).get("hosts", []) or groups["swarm_managers"]["hosts"]
         self.nfs_server: str = servers[0]
+        # The node that has the registry, or "": then the image goes from node to node.
+        address = str(self.variables(self.managers[0]).get("app_image_registry", "")).split(":")[0]
+        self.registry: str = next(
+            (name for name in self.nodes if address == self.variables(name).get("node_address")),
+            "",
+        )
 
     def host(self, name: str) -> Host:
         """Return a machine to run commands on, as root."""
@@ -74,6 +80,15 @@ class Cluster:
         """Run the Docker client and return the JSON object of each line."""
         shown = self.docker(*arguments, "--format", "{{json .}}", on=on)
         return [json.loads(line) for line in shown.splitlines()]
+
+    def swarm_state(self, name: str) -> str:
+        """Return what the engine of a node says of its place in the swarm."""
+        return self.docker("info", "--format", "{{.Swarm.LocalNodeState}}", on=name).strip()
+
+    def unlock(self, name: str, *, by: str) -> None:
+        """Give a manager that was started the key of the swarm, which another one knows."""
+        key = self.docker("swarm", "unlock-key", "--quiet", on=by).strip()
+        self.host(name).check_output(f"docker swarm unlock <<'KEY'\n{key}\nKEY")
 
     def states(self, *, on: str | None = None) -> dict[str, str]:
         """Return the state of each node, as a manager sees it."""

@@ -5,7 +5,7 @@
 
 Tests that switch machines off need `--machines=DIR`, the directory of virtual machines that
 `tools/machines` made; without it they are left out, as are those that the inventory has too few
-managers or too few nodes with agents for.
+managers, too few nodes with agents or no registry for.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machines: switches machines off")
     config.addinivalue_line("markers", "managers: needs three managers")
+    config.addinivalue_line("markers", "registry: needs a registry on one of the nodes")
     config.addinivalue_line("markers", "spread: needs several nodes that run agents")
 
 
@@ -45,6 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, there in {
             "machines": config.getoption("machines") is not None,
             "managers": len(cluster.managers) >= 3,
+            "registry": cluster.registry != "",
             "spread": len(cluster.agents) >= 2,
         }.items()
         if not there

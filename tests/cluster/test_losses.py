@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from begun_jobs import begun_jobs
-from cluster import Cluster, wait_until
+from cluster import STACK, Cluster, wait_until
 from machines import Machines
 
 from claude_jobs.client import ApiError
@@ -84,3 +84,34 @@ def test_jobs_wait_for_the_workspace_and_then_end(whole: Cluster, directory: str
 
     for text in run(pause()):
         assert str(lines) in text.split()
+
+
+@pytest.mark.registry
+def test_a_replica_starts_again_without_the_registry(whole: Cluster) -> None:
+    """Its image is known by digest, so that no engine asks the registry for it."""
+    registry = whole.host(whole.registry)
+
+    def healthy() -> set[str]:
+        ask = [
+            "ps",
+            "--quiet",
+            "--filter",
+            f"name={STACK}_claude-api",
+            "--filter",
+            "health=healthy",
+        ]
+        return {each for name in whole.agents for each in whole.docker(*ask, on=name).split()}
+
+    before = healthy()
+    registry.check_output("systemctl stop docker-registry")
+    try:
+        for name in whole.agents:
+            kill = f"docker kill $(docker ps --quiet --filter name={STACK}_claude-api)"
+            whole.host(name).check_output(kill)
+        wait_until(
+            lambda: len(after := healthy()) == whole.replicas and not after & before,
+            "as many other replicas are healthy",
+            seconds=120,
+        )
+    finally:
+        registry.check_output("systemctl start docker-registry")

@@ -10,6 +10,7 @@ import pytest
 from begun_jobs import begun_jobs
 from cluster import STACK, Cluster, wait_until
 from machines import Machines
+from test_preflight import preflight
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 ANSWERS_AGAIN = 30  # seconds
@@ -111,6 +112,15 @@ def test_the_api_answers_soon_after_a_leader_loses_power(
         )
     finally:
         machines.power_on(victim)
+    if whole.variables(victim).get("swarm_manager_autolock"):
+        wait_until(
+            lambda: whole.swarm_state(victim) == "locked",
+            f"the engine of {victim} asks for the key",
+            seconds=60,
+        )
+        said = preflight(whole.inventory).stdout
+        assert f"{victim} is a manager of a swarm that is locked. Unlock it" in said
+        whole.unlock(victim, by=other)
     wait_until(
         lambda: whole.tasks("nats", on=other)[victim] == 1,
         f"the broker's server on {victim} is back",

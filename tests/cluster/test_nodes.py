@@ -21,14 +21,19 @@ def test_every_machine_has_a_kernel_of_its_own(cluster: Cluster) -> None:
         assert len(read) == len(cluster.nodes), file
 
 
-def test_services_run_the_same_image_by_its_id_on_every_node(cluster: Cluster) -> None:
+def test_services_run_the_same_pinned_image_on_every_node(cluster: Cluster) -> None:
+    """By its ID, or by its digest in the registry."""
     services = json.loads(
         cluster.docker("service", "inspect", *cluster.docker("service", "ls", "--quiet").split())
     )
     (image,) = {service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] for service in services}
-    assert image.startswith("sha256:")
-    for name in cluster.nodes:
-        assert cluster.docker("image", "inspect", "--format", "{{.Id}}", image, on=name) == image
+    registry = cluster.variables(cluster.managers[0]).get("app_image_registry")
+    assert image.startswith(f"{registry}/claude-code-sse-api@sha256:" if registry else "sha256:")
+    ids = {
+        cluster.docker("image", "inspect", "--format", "{{.Id}}", image, on=name)
+        for name in cluster.nodes
+    }
+    assert len(ids) == 1
 
 
 def test_labels_say_what_runs_where(cluster: Cluster) -> None:

@@ -9,10 +9,14 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from contextlib import redirect_stderr
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+# Seconds that the server of a machine that lost its power a moment ago may still hold the port.
+PREDECESSOR = 10
 
 
 def command(directory: str) -> str:
@@ -24,7 +28,15 @@ def command(directory: str) -> str:
 def serve(directory: str, port: int, alive: int) -> None:
     """Serve at a port of the loopback until the pipe `alive` has nobody left who writes."""
     handler = partial(SimpleHTTPRequestHandler, directory=directory)
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    give_up = time.monotonic() + PREDECESSOR
+    while True:
+        try:
+            server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+            break
+        except OSError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.read(alive, 1)
 
