@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cluster import Cluster, wait_until
 
-from claude_jobs.client import Client
+from claude_jobs.client import ApiError, Client
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -50,6 +50,25 @@ def test_a_file_of_one_node_is_read_on_another(whole: Cluster, directory: str, r
     writer, nodes, texts = run(write_and_read())
     assert set(nodes) - {writer}, "every reader ran where the file was written"
     assert all("one" in text for text in texts), texts
+
+
+def test_what_nobody_found_is_found_through_every_node_once_a_job_has_made_it(
+    whole: Cluster, directory: str, run: Run
+) -> None:
+    """A node that was asked before remembers that there was nothing, and not for long."""
+
+    async def ask() -> list[list[str]]:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(whole.client(name)) for name in whole.nodes]
+            for client in clients:
+                with pytest.raises(ApiError, match="404"):
+                    await anext(client.files.list(directory))
+            await run_job(clients[0], "run touch made", directory=directory)
+            return [
+                [entry.name async for entry in client.files.list(directory)] for client in clients
+            ]
+
+    assert run(ask()) == [["made"]] * len(whole.nodes)
 
 
 def test_thirty_jobs_of_ten_clients_run_once_each(whole: Cluster, directory: str, run: Run) -> None:

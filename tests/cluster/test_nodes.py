@@ -52,7 +52,7 @@ def test_the_workspace_is_one_and_the_same(cluster: Cluster) -> None:
         mount = cluster.host(name).mount_point(WORKSPACE)
         assert mount.exists, name
         assert mount.filesystem == "nfs4"
-        assert {"vers=4.2", "hard"} <= set(mount.options)
+        assert {"vers=4.2", "hard", "acregmax=1", "acdirmax=1"} <= set(mount.options)
 
 
 def test_root_of_a_node_is_nobody_in_the_workspace(cluster: Cluster) -> None:
