@@ -221,6 +221,9 @@ def test_several_servers_know_how_many_they_are_and_let_nobody_else_in(
     cluster = made["cluster"]
     assert isinstance(cluster, dict)
     assert cluster["listen"] == "0.0.0.0:6222"
+    # One connection between two; older servers know nothing else, and not the word.
+    assert cluster["pool_size"] == -1
+    assert "pool_size" not in broker(secrets, version=(2, 9))["cluster"]  # type: ignore[operator]
     password = cluster["authorization"]["password"]
     assert cluster["routes"] == [f"nats-route://route:{password}@{route}" for route in routes]
     assert isinstance(made["authorization"], dict)

@@ -34,7 +34,7 @@ def configuration(settings: BrokerSettings, version: tuple[int, int]) -> str:
         "authorization": {"users": users(settings)},
     }
     if settings.broker_servers > 1:
-        made["cluster"] = _cluster(settings)
+        made["cluster"] = _cluster(settings, version)
     return json.dumps(made, indent=2)
 
 
@@ -68,7 +68,7 @@ def cluster_store(settings: BrokerSettings) -> Path:
     return settings.broker_data_dir / "cluster"
 
 
-def _cluster(settings: BrokerSettings) -> dict[str, Any]:
+def _cluster(settings: BrokerSettings, version: tuple[int, int]) -> dict[str, Any]:
     password = route_password(settings)
     given = [route.strip() for route in settings.broker_routes.split(",")]
     # The servers found their group once a majority is there, and take the number of routes for
@@ -76,7 +76,7 @@ def _cluster(settings: BrokerSettings) -> dict[str, Any]:
     # do; so it is listed once for each. A server takes two equal routes for one: the path, which
     # means nothing, keeps them apart.
     times = -(-settings.broker_servers // len(given))
-    return {
+    made: dict[str, Any] = {
         "name": CLUSTER_NAME,
         "listen": f"0.0.0.0:{settings.broker_cluster_port}",
         "authorization": {"user": ROUTE_USER, "password": password, "timeout": 5},
@@ -89,3 +89,9 @@ def _cluster(settings: BrokerSettings) -> dict[str, Any]:
             for route in given
         ],
     }
+    if version >= (2, 10):
+        # One connection between two servers, not a pool of them. Servers that start together
+        # connect to each other at once, and of doubled connections one is closed; with a pool, a
+        # server may then never learn what another one answers to (one start in ten, 2.10.27).
+        made["pool_size"] = -1
+    return made
