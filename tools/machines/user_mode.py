@@ -5,6 +5,7 @@ the host's ports that lead in are slirp4netns', which is what QEMU has built in.
 off and on, but not rebooted from within: slirp4netns takes one connection.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,13 @@ class UserMode:
     def kill(self, pid: int) -> None:
         """Pull the plug."""
         os.killpg(pid, signal.SIGKILL)
+        # While nobody has come to it yet, slirp4netns does not see that nobody will.
+        with (
+            contextlib.suppress(OSError),
+            _beside(self._directory / "access") as path,
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+        ):
+            connection.connect(path)
 
     def set_lan(self, *, plugged: bool) -> None:
         """Put the cable of the LAN in or out; SSH goes another way."""
@@ -163,23 +172,29 @@ def _cpu(description: Description) -> int:
 
 def _ask(control: Path, command: str, **arguments: object) -> dict[str, Any]:
     """Ask slirp4netns one thing and return its answer."""
-    # The path of a socket holds 107 bytes at most; a directory may lie deeper than that.
-    directory = os.open(control.parent, os.O_PATH)
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
+        with _beside(control) as path, socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PATIENCE)
-            connection.connect(f"/proc/self/fd/{directory}/{control.name}")
+            connection.connect(path)
             connection.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
             connection.shutdown(socket.SHUT_WR)
             answer: dict[str, Any] = json.loads(connection.makefile("rb").read())
     except (OSError, ValueError) as error:
         raise MachineError(f"{control} does not answer: {error}.") from error
-    finally:
-        os.close(directory)
     if "error" in answer:
         raise MachineError(f"The way into the machine is refused: {answer['error']['desc']}.")
     # A list comes as it is, all else as a "return".
     return dict(answer.get("return", answer))
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[str]:
+    """Have a short name for a socket: its path holds 107 bytes, and a directory may lie deeper."""
+    directory = os.open(path.parent, os.O_PATH)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 def _wait_for(path: Path) -> None:
