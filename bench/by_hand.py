@@ -10,7 +10,6 @@ installed anew between the two ways and in the end belong to `molecule destroy`.
 
 import argparse
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
+from playbook import PROJECT, play
+
 BIN = Path(sys.executable).parent
 WORKSPACE = "/srv/claude-code/workspace"
 PORT = 3000
@@ -108,7 +108,9 @@ def steps(machines: Machines) -> list[Step]:
     everybody, first, workers = machines.all, (manager,), machines.workers
     clients = " ".join(f"{machines.address(name)}(rw,root_squash)" for name in workers)
     mount = f"{address}:{WORKSPACE} {WORKSPACE} nfs4 vers=4.2,hard,_netdev 0 0"
-    files = [f"cat > /root/{file} <<'END'\n{(PROJECT / file).read_text()}\nEND" for file in FILES]
+    files = [
+        f"cat > /var/tmp/{file} <<'END'\n{(PROJECT / file).read_text()}\nEND" for file in FILES
+    ]
     # The stack file as it comes; settings as its variables.
     settings = (
         f"IMAGE=$IMAGE WORKSPACE_PATH={WORKSPACE} "
@@ -137,7 +139,7 @@ def steps(machines: Machines) -> list[Step]:
             for name, make in SECRETS.items()
         ),
         *(Step("stack", file, first) for file in files),
-        Step("stack", f"cd /root && {settings} {deploy} claude-code-stack", first),
+        Step("stack", f"cd /var/tmp && {settings} {deploy} claude-code-stack", first),
         Step("until 5/5", WHOLE, first),
     ]
 
@@ -169,20 +171,9 @@ def by_hand(machines: Machines) -> tuple[dict[str, float], int, int]:
 
 def by_playbook(inventory: Path) -> tuple[float, int]:
     """Run `site.yml`; return its seconds and the tasks that ran, over all machines."""
-    started = time.monotonic()
-    done = subprocess.run(
-        [BIN / "ansible-playbook", "--inventory", inventory, "site.yml"],
-        cwd=PROJECT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        sys.exit(done.stdout)
-    recap = done.stdout[done.stdout.index("PLAY RECAP") :]
-    return time.monotonic() - started, sum(int(n) for n in re.findall(r"\bok=(\d+)", recap))
+    taken, printed = play("site.yml", "--inventory", str(inventory))
+    recap = printed[printed.index("PLAY RECAP") :]
+    return taken, sum(int(n) for n in re.findall(r"\bok=(\d+)", recap))
 
 
 def main() -> None:

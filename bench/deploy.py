@@ -9,29 +9,15 @@ import json
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
-import time
-from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
+from playbook import play
 
 
-def play(playbook: str, variables: dict[str, object]) -> float:
-    """Run a playbook and return how long it took, in seconds."""
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), playbook]
-    started = time.monotonic()
-    done = subprocess.run(
-        [*command, "--extra-vars", json.dumps(variables)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        sys.exit(done.stdout)
-    return time.monotonic() - started
+def took(playbook: str, variables: dict[str, object]) -> float:
+    """Run a playbook with these variables and return how long it took."""
+    taken, _ = play(playbook, "--extra-vars", json.dumps(variables))
+    return taken
 
 
 def main() -> None:
@@ -57,15 +43,15 @@ def main() -> None:
             variables["app_image_name"] = name
         else:
             # The image's own time is not part of a deployment that finds it.
-            play("site.yml", variables)
-            play("playbooks/teardown.yml", variables)
+            took("site.yml", variables)
+            took("playbooks/teardown.yml", variables)
         try:
             kind = "image built" if given.cold_image else "image there"
-            print(f"cold deployment, {kind}:  {play('site.yml', variables):6.1f} s", flush=True)
-            print(f"no change:                    {play('site.yml', variables):6.1f} s", flush=True)
+            print(f"cold deployment, {kind}:  {took('site.yml', variables):6.1f} s", flush=True)
+            print(f"no change:                    {took('site.yml', variables):6.1f} s", flush=True)
         finally:
             print(
-                f"teardown:                     {play('playbooks/teardown.yml', variables):6.1f} s"
+                f"teardown:                     {took('playbooks/teardown.yml', variables):6.1f} s"
             )
             if given.cold_image:
                 # Newest first, so that nothing is removed before what was built on it.
