@@ -86,6 +86,15 @@ async def test_without_streaming_the_message_comes_in_one_piece() -> None:
     assert message["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_no_connection_outlives_its_answer(stream: bool) -> None:
+    async with (
+        stub() as client,
+        client.post("/v1/messages", json=body("hi", stream=stream)) as response,
+    ):
+        assert response.headers["Connection"] == "close"
+
+
 async def test_waiting_sends_pings() -> None:
     async with stub() as client:
         kinds = [event["type"] for event in await events(client, "wait 1 second")]

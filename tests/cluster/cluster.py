@@ -86,9 +86,27 @@ class Cluster:
         return self.docker("info", "--format", "{{.Swarm.LocalNodeState}}", on=name).strip()
 
     def unlock(self, name: str, *, by: str) -> None:
-        """Give a manager that was started the key of the swarm, which another one knows."""
+        """Give a manager that was started the key of the swarm, which another one knows.
+
+        An engine may stay without its agent for the network between containers then: it is
+        started anew, as docs/cluster.md has it.
+        """
         key = self.docker("swarm", "unlock-key", "--quiet", on=by).strip()
-        self.host(name).check_output(f"docker swarm unlock <<'KEY'\n{key}\nKEY")
+        host = self.host(name)
+        for _ in range(3):
+            wait_until(
+                lambda: self.swarm_state(name) == "locked",
+                f"the engine of {name} asks for the key",
+                seconds=60,
+            )
+            host.check_output(f"docker swarm unlock <<'KEY'\n{key}\nKEY")
+            give_up = time.monotonic() + 20
+            while time.monotonic() < give_up:
+                if host.check_output("ss --no-header --listening --tcp 'sport = :7946'"):
+                    return
+                time.sleep(1)
+            host.check_output("systemctl restart docker")
+        raise AssertionError(f"{name} was unlocked, and its engine has no agent for the network")
 
     def states(self, *, on: str | None = None) -> dict[str, str]:
         """Return the state of each node, as a manager sees it."""

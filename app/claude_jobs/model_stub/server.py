@@ -29,6 +29,7 @@ def create_app() -> web.Application:
     """Build the service. It keeps no state but which ``fail once`` has been served."""
     stub = _ModelStub()
     app = web.Application(middlewares=[_errors_in_anthropics_form], client_max_size=MAX_BODY_BYTES)
+    app.on_response_prepare.append(_one_request_a_connection)
     app.router.add_post("/v1/messages", stub.messages)
     app.router.add_post("/v1/messages/count_tokens", stub.count_tokens)
     app.router.add_get("/api/hello", _ok)
@@ -47,6 +48,15 @@ def run(port: int) -> None:
         shutdown_timeout=0.1,
         print=None,
     )
+
+
+async def _one_request_a_connection(_: web.Request, response: web.StreamResponse) -> None:
+    """Let nobody keep a connection: on one to a machine that lost its power a request waits long.
+
+    Claude Code gives such a request up after six minutes; a new one finds the stub's new place.
+    """
+    response.force_close()
+    response.headers["Connection"] = "close"
 
 
 class _ModelStub:
