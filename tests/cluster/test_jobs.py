@@ -64,6 +64,7 @@ def test_what_nobody_found_is_found_through_every_node_once_a_job_has_made_it(
                 with pytest.raises(ApiError, match="404"):
                     await anext(client.files.list(directory))
             await run_job(clients[0], "run touch made", directory=directory)
+            await asyncio.sleep(1)  # as long as docs/cluster.md says
             return [
                 [entry.name async for entry in client.files.list(directory)] for client in clients
             ]

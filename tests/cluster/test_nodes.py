@@ -4,6 +4,7 @@ import json
 
 from cluster import Cluster
 
+DIRECTORY_DELEGATIONS = "/sys/module/nfsv4/parameters/directory_delegations"
 WORKSPACE = "/srv/claude-code/workspace"
 
 
@@ -53,6 +54,8 @@ def test_the_workspace_is_one_and_the_same(cluster: Cluster) -> None:
         assert mount.exists, name
         assert mount.filesystem == "nfs4"
         assert {"vers=4.2", "hard", "acregmax=1", "acdirmax=1"} <= set(mount.options)
+        delegations = cluster.host(name).file(DIRECTORY_DELEGATIONS)
+        assert not delegations.exists or delegations.content_string.strip() == "N"
 
 
 def test_root_of_a_node_is_nobody_in_the_workspace(cluster: Cluster) -> None:
