@@ -10,12 +10,15 @@ from pathlib import Path
 from claude_jobs import settings as configuration
 from claude_jobs.log import configure_logging
 from claude_jobs.settings import (
+    BrokerBackupSettings,
     BrokerJoinSettings,
+    BrokerRestoreSettings,
     BrokerSettings,
     GatewaySettings,
     ModelStubSettings,
     ProcessSettings,
     ReplicaSettings,
+    ReportSettings,
     SettingsError,
 )
 
@@ -24,16 +27,26 @@ _EX_CONFIG = 78
 
 PROCESSES: dict[str, type[ProcessSettings]] = {
     "gateway": GatewaySettings,
+    "report": ReportSettings,
     "replica": ReplicaSettings,
     "broker": BrokerSettings,
     "broker-join": BrokerJoinSettings,
+    "broker-backup": BrokerBackupSettings,
+    "broker-restore": BrokerRestoreSettings,
     "model-stub": ModelStubSettings,
 }
 
 
-def start(settings: ProcessSettings) -> None:
-    """Be the process that these settings belong to. Each loads only its own modules."""
+def start(settings: ProcessSettings) -> int:
+    """Be the process that these settings belong to, and return its exit code.
+
+    Each loads only its own modules.
+    """
     match settings:
+        case ReportSettings():
+            from claude_jobs.operator.report import print_report
+
+            return asyncio.run(print_report(settings))
         case GatewaySettings():
             from aiohttp import web
 
@@ -63,6 +76,14 @@ def start(settings: ProcessSettings) -> None:
             from claude_jobs.broker.growth import join
 
             asyncio.run(join(settings))
+        case BrokerBackupSettings():
+            from claude_jobs.operator.broker_commands import write_archive
+
+            return asyncio.run(write_archive(settings))
+        case BrokerRestoreSettings():
+            from claude_jobs.operator.broker_commands import read_archive
+
+            return asyncio.run(read_archive(settings))
         case BrokerSettings():
             from claude_jobs.broker.server import run as run_broker
 
@@ -71,6 +92,7 @@ def start(settings: ProcessSettings) -> None:
             from claude_jobs.model_stub.server import run
 
             run(settings.port)
+    return 0
 
 
 def main() -> int:
@@ -86,11 +108,10 @@ def main() -> int:
             secrets_dir=Path(os.environ.get("SECRETS_DIR", configuration.DEFAULT_SECRETS_DIR)),
         )
         configure_logging(settings.log_level, process=process)
-        start(settings)
+        return start(settings)
     except SettingsError as error:
         sys.stderr.write(f"{process} cannot start: {error}\n")
         return _EX_CONFIG
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ read nor ask for it. A secret is a file named after its field in `SECRETS_DIR`.
 
 import re
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -32,7 +33,34 @@ def _has_a_majority(servers: int) -> int:
     return servers
 
 
-Password = Annotated[SecretStr, Field(min_length=16)]
+@dataclass(frozen=True, repr=False)
+class Passwords:
+    """A password of the broker; while it is changed, those that it also takes.
+
+    The secret has one a line. Each is never shown.
+    """
+
+    accepted: tuple[str, ...]
+
+    @property
+    def current(self) -> str:
+        """The one to come in with: the first."""
+        return self.accepted[0]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the secret; raises `ValueError` for one that is too short or not there."""
+        passwords = tuple(text.split())
+        if not passwords or min(map(len, passwords)) < _MIN_PASSWORD_LENGTH:
+            raise ValueError(
+                f"must be a password of at least {_MIN_PASSWORD_LENGTH} characters, "
+                "or several, one a line"
+            )
+        return cls(passwords)
+
+
+_MIN_PASSWORD_LENGTH = 16
+Password = Annotated[Passwords, NoDecode, PlainValidator(Passwords.parse)]
 EventBytes = Annotated[int, Field(ge=2**20)]
 SessionBytes = Annotated[int, Field(ge=2**20)]
 ServerCount = Annotated[int, AfterValidator(_has_a_majority)]
@@ -125,6 +153,8 @@ class GatewaySettings(BusSettings):
     event_bytes: EventBytes = 4 * 2**30
     session_age_hours: Annotated[int, Field(ge=1)] = 720
     session_bytes: SessionBytes = 2 * 2**30
+    # 0: for ever.
+    job_directory_age_hours: Annotated[int, Field(ge=0)] = 720
 
     @model_validator(mode="after")
     def _someone_may_come_in(self) -> Self:
@@ -144,6 +174,15 @@ class GatewaySettings(BusSettings):
     def session_age(self) -> timedelta:
         """How long a session is kept after its last job."""
         return timedelta(hours=self.session_age_hours)
+
+    @property
+    def job_directory_age(self) -> timedelta | None:
+        """How long after its acceptance a job's own directory is kept; None: for ever."""
+        return timedelta(hours=self.job_directory_age_hours) or None
+
+
+class ReportSettings(GatewaySettings):
+    """The settings of what reports on the pool beside a gateway: the gateway's own."""
 
 
 class ReplicaSettings(BusSettings):
@@ -198,6 +237,14 @@ class BrokerSettings(ProcessSettings):
 
 class BrokerJoinSettings(BrokerSettings):
     """The settings of what runs beside a server of the broker: the server's own."""
+
+
+class BrokerBackupSettings(BrokerSettings):
+    """The settings of what takes a backup beside a server of the broker: the server's own."""
+
+
+class BrokerRestoreSettings(BrokerSettings):
+    """The settings of what makes a server's store out of a backup: the server's own."""
 
 
 class ModelStubSettings(ProcessSettings):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +32,8 @@ class BrokerNode:
         self.port = self.cluster_port = self._monitor_port = 0
         self.server: Process | None = None
         self.join: Process | None = None
-        self._environment: dict[str, str] = {}
+        self._servers = 1
+        self._routes: Sequence[str] = ()
         make_secret_files(secrets)
 
     @property
@@ -45,7 +47,16 @@ class BrokerNode:
     async def start(self, *, servers: int = 1, routes: Sequence[str] = ()) -> None:
         """Start what the entrypoint of the image starts."""
         self.take_ports()
-        self._environment = {
+        self._servers, self._routes = servers, routes
+        if servers == 1:
+            self.cluster_port = 0
+        self.server = await self._process("broker")
+        if servers > 1:
+            await self.start_join()
+
+    def environment(self) -> dict[str, str]:
+        """What a process of the node is started with."""
+        return {
             "PATH": os.environ.get("PATH", os.defpath),
             "SECRETS_DIR": str(self.secrets),
             "BROKER_PORT": str(self.port),
@@ -53,16 +64,15 @@ class BrokerNode:
             "BROKER_CLUSTER_PORT": str(self.cluster_port),
             "BROKER_DATA_DIR": str(self.data),
             "BROKER_CONFIG_DIR": str(self.directory / "config"),
-            "BROKER_SERVERS": str(servers),
-            "BROKER_ROUTES": ",".join(routes),
+            "BROKER_SERVERS": str(self._servers),
+            "BROKER_ROUTES": ",".join(self._routes),
             "NODE_NAME": self.name,
             **ROOM,
         }
-        if servers == 1:
-            self.cluster_port = 0
-        self.server = await self._process("broker")
-        if servers > 1:
-            await self.start_join()
+
+    def forget(self) -> None:
+        """Take the data away, as a new machine has none."""
+        shutil.rmtree(self.data)
 
     def take_ports(self) -> None:
         """Take the node's ports, no earlier than they are used: others might use them before."""
@@ -75,7 +85,7 @@ class BrokerNode:
 
     async def _process(self, name: str) -> Process:
         command = (sys.executable, "-m", "claude_jobs", name)
-        return await asyncio.create_subprocess_exec(*command, env=self._environment)
+        return await asyncio.create_subprocess_exec(*command, env=self.environment())
 
     async def healthy(self) -> bool:
         """Ask what the health check of the stack asks."""
@@ -131,6 +141,14 @@ class BrokerNodes:
         last.take_ports()
         routes = [f"127.0.0.1:{last.cluster_port}"]
         await node.start(servers=len(self.nodes), routes=routes)
+
+    async def replace(self, node: BrokerNode, name: str) -> BrokerNode:
+        """Start a server on a new node, in the place of one that is never started again."""
+        await node.kill()
+        new = BrokerNode(name, node.directory.parent / name, node.secrets)
+        self.nodes[self.nodes.index(node)] = new
+        await self.start_one(new)
+        return new
 
     async def joined(self) -> None:
         """Wait until every server has joined."""

@@ -73,8 +73,9 @@ class NatsServer:
         await self.kill()
         await self.start()
 
-    def connected(self, user: str) -> AbstractAsyncContextManager[Bus]:
-        return connect(self.url, user=user, password=PASSWORDS[user], name=f"test {user}")
+    def connected(self, user: str, password: str | None = None) -> AbstractAsyncContextManager[Bus]:
+        given = password or PASSWORDS[user]
+        return connect(self.url, user=user, password=given, name=f"test {user}")
 
     @asynccontextmanager
     async def both_ends(self, bounds: Bounds) -> AsyncIterator[tuple[Bus, Bus]]:

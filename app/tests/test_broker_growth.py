@@ -7,20 +7,19 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
-from broker_node import BrokerNode, BrokerNodes, broker_nodes
-from bus_ends import job, line
-from nats.js.errors import APIError, NotFoundError
+from broker_contents import BOUNDS, contents, fill
+from broker_node import BrokerNodes, broker_nodes
+from bus_ends import line
+from nats.js.errors import APIError, NoStreamResponseError
 from pool_client import EventStream, RunningPool, directory_for_everybody, pool_in
 
-from claude_jobs.broker.users import GATEWAY_USER, REPLICA_USER
-from claude_jobs.bus.connection import Bus
+from claude_jobs.broker.users import GATEWAY_USER
+from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.events import EventLog
-from claude_jobs.bus.queue import JobQueue
 from claude_jobs.bus.servers import SERVERS_BUCKET
 from claude_jobs.bus.topology import (
     EVENTS_STREAM,
@@ -34,7 +33,6 @@ from claude_jobs.bus.topology import (
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
 
 _PRESENCE = f"KV_{PRESENCE_BUCKET}"
-BOUNDS = Bounds(event_bytes=2**28, session_bytes=2**28)
 THREE = Bounds(event_bytes=2**28, session_bytes=2**28, copies=3)
 
 
@@ -50,56 +48,12 @@ async def nodes(directory: Path) -> AsyncIterator[BrokerNodes]:
         yield made
 
 
-async def contents(bus: Bus) -> dict[str, list[tuple[int, str, bytes | None]]]:
-    """Return all that a broker holds: sequence number, subject and bytes of every message."""
-    found: dict[str, list[tuple[int, str, bytes | None]]] = {}
-    for info in await bus.jetstream.streams_info():
-        name = str(info.config.name)
-        if name in (_PRESENCE, f"KV_{SERVERS_BUCKET}"):
-            continue
-        every = range(max(info.state.first_seq, 1), info.state.last_seq + 1)
-        read = await asyncio.gather(*(stored(bus, name, sequence) for sequence in every))
-        found[name] = [message for message in read if message]
-    return found
-
-
-async def stored(bus: Bus, stream: str, sequence: int) -> tuple[int, str, bytes | None] | None:
-    try:
-        message = await bus.jetstream.get_msg(stream, sequence)
-    except NotFoundError:
-        return None
-    return sequence, str(message.subject), message.data
-
-
 async def copies(bus: Bus) -> dict[str, int]:
     """Return how many servers hold each stream, as the broker itself counts them."""
     return {
         str(info.config.name): 1 + len((info.cluster and info.cluster.replicas) or [])
         for info in await bus.jetstream.streams_info()
     }
-
-
-async def fill(node: BrokerNode) -> dict[str, Any]:
-    """Let a lone server take in jobs, one of which a replica has, and events; return them."""
-    async with node.connected(GATEWAY_USER) as gateway, node.connected(REPLICA_USER) as replica:
-        await ensure_topology(gateway, BOUNDS)
-        queue, log = JobQueue(gateway), EventLog(gateway)
-        for number in range(20):
-            await queue.submit(job(f"job {number}"))
-        # So much that it takes its time, and with gaps: an ended job's events may be removed.
-        big = b"x" * 2**18
-        await asyncio.gather(
-            *(gateway.jetstream.publish(f"events.big-{n}", big) for n in range(80))
-        )
-        for n in (3, 70):
-            await gateway.jetstream.delete_msg(EVENTS_STREAM, n)
-        writer = await log.writer("j")
-        for number in range(50):
-            await writer.append(line(number))
-        done = await JobQueue(replica).pull()
-        await done.finish()
-        await JobQueue(replica).pull()
-        return await contents(gateway)
 
 
 async def test_a_lone_brokers_streams_are_on_three_servers_as_they_were(
@@ -285,3 +239,44 @@ async def test_of_two_old_stores_the_newer_is_brought_and_a_used_stream_is_not_r
     for node in nodes.nodes[:2]:
         (kept,) = node.data.glob("left-out-of-cluster-*")
         assert (kept / "$G" / "streams" / EVENTS_STREAM).is_dir()
+
+
+async def test_a_server_on_a_new_node_takes_the_place_of_one_that_is_gone_for_good(
+    nodes: BrokerNodes,
+) -> None:
+    await nodes.start()
+    await nodes.joined()
+    async with nodes.connected() as gateway:
+        await ensure_topology(gateway, THREE)
+        for number in range(20):
+            await gateway.jetstream.publish(f"events.job-{number}", b"x" * 2**16)
+        before = await contents(gateway)
+    new = await nodes.replace(nodes.nodes[1], "new-node")
+    await nodes.joined()
+    async with nodes.connected() as gateway, asyncio.timeout(60):
+        names = {f"nats-{node.name}" for node in nodes.nodes}
+        for stream in before:
+            while await places(gateway, stream) != names:
+                await asyncio.sleep(0.5)
+    # With it, two of three are a majority: the new one has a copy, and counts.
+    await nodes.first.kill()
+    rest = ",".join((new.url, nodes.nodes[-1].url))
+    async with connect(
+        rest, user=GATEWAY_USER, password=new.password(GATEWAY_USER), name="t"
+    ) as bus:
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(APIError, TimeoutError, NoStreamResponseError):
+                    await bus.jetstream.publish("events.after", b"after")
+                    break
+                await asyncio.sleep(0.2)
+        after = await contents(bus)
+    assert after[EVENTS_STREAM][:-1] == before[EVENTS_STREAM]
+
+
+async def places(bus: Bus, stream: str) -> set[str]:
+    """Return the servers that hold all of a stream."""
+    group = (await bus.jetstream.stream_info(stream)).cluster
+    assert group
+    whole = {str(each.name) for each in group.replicas or [] if each.current and not each.lag}
+    return {str(group.leader), *whole}

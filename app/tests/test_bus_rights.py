@@ -1,12 +1,13 @@
 """What each role may do on the bus, as a real nats-server enforces it."""
 
+import asyncio
 import json
 
 import nats.errors
 import nats.js.errors
 import pytest
 from bus_ends import Ends, job, line
-from nats_server import NatsServer
+from nats_server import PASSWORDS, NatsServer
 
 from claude_jobs.broker import GATEWAY_USER, REPLICA_USER
 from claude_jobs.bus.connection import Bus
@@ -84,3 +85,22 @@ async def test_nobody_comes_in_with_a_wrong_password(nats_server: NatsServer, en
     for user, password in ((REPLICA_USER, "wrong"), ("", "")):
         with pytest.raises(nats.errors.Error):
             await nats.connect(nats_server.url, user=user, password=password, allow_reconnect=False)
+
+
+async def test_a_client_with_the_password_of_before_works_on_while_it_is_changed(
+    nats_server: NatsServer,
+) -> None:
+    """The broker starts anew with both; who holds the old one comes back by himself."""
+    secret = nats_server.directory / "secrets" / f"broker_{REPLICA_USER}_password"
+    new = "the-new-password-of-the-replica"
+    async with nats_server.connected(REPLICA_USER) as holder_of_the_old:
+        secret.write_text(f"{new}\n{secret.read_text()}\n")
+        await nats_server.restart()
+        async with nats_server.connected(REPLICA_USER, new) as holder_of_the_new:
+            await holder_of_the_new.nats.flush()
+        async with asyncio.timeout(20):
+            while not holder_of_the_old.is_connected:
+                await asyncio.sleep(0.1)
+        await holder_of_the_old.nats.flush()
+    secret.write_text(PASSWORDS[REPLICA_USER])
+    await nats_server.restart()

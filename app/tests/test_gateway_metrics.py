@@ -15,7 +15,6 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import SecretStr
 
 from claude_jobs import __version__
 from claude_jobs.broker import GATEWAY_USER
@@ -147,7 +146,7 @@ async def gateway(nats_server: NatsServer) -> AsyncIterator[TestClient]:  # type
     """A gateway in this process, whose broker the test can take away."""
     settings = GatewaySettings(
         broker_url=nats_server.url,
-        broker_gateway_password=SecretStr(PASSWORDS[GATEWAY_USER]),
+        broker_gateway_password=PASSWORDS[GATEWAY_USER],
         allow_anonymous=True,
         event_bytes=2**28,
         session_bytes=2**28,

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 
 import httpx
 import pytest
@@ -13,10 +14,16 @@ from aiohttp.test_utils import TestClient, TestServer
 from pool_client import appears, running_pool
 
 from claude_jobs.api_tokens import Client, parse_api_tokens
+from claude_jobs.contract.base import now
 from claude_jobs.gateway.auth import CLIENT, bearer_auth
 from claude_jobs.gateway.errors import error_form
 
 TOKEN, OTHER = "a-token-of-a-client", "another-token-of-a-client"
+CHANGING = {
+    "token": TOKEN,
+    "previousToken": "the-token-of-before",
+    "previousUntil": "2026-12-01T12:00:00+00:00",
+}
 
 
 def parsed(**entries: object) -> list[Client]:
@@ -70,6 +77,29 @@ def test_no_token_at_all_is_no_error_of_form() -> None:
             "maxQueued of the entry 'ci' is not a whole number of 1 or more",
         ),
         (json.dumps({"a": TOKEN, "b": OTHER, "c": TOKEN}), "the entries 'a' and 'c' have the same"),
+        (
+            json.dumps({"a": {**CHANGING, "previousToken": OTHER}, "b": OTHER}),
+            "the entries 'a' and 'b' have the same",
+        ),
+        *(
+            (
+                json.dumps({"ci": {**CHANGING, "previousUntil": until}}),
+                "previousUntil of the entry 'ci' is no time with its zone",
+            )
+            for until in (None, "", "tomorrow", 5, "2026-12-01T12:00:00")
+        ),
+        (
+            json.dumps({"ci": {"token": TOKEN, "previousUntil": "2026-12-01T12:00:00+00:00"}}),
+            "the entry 'ci' has no previousToken that is a string",
+        ),
+        (
+            json.dumps({"ci": {"token": TOKEN, "previousToken": OTHER}}),
+            "previousUntil of the entry 'ci' is no time with its zone",
+        ),
+        (
+            json.dumps({"ci": {**CHANGING, "previousToken": OTHER[:15]}}),
+            "the previousToken of the entry 'ci' has fewer than 16",
+        ),
     ],
 )
 def test_a_wrong_entry_is_named_and_no_token_is_shown(text: str, sentence: str) -> None:
@@ -109,6 +139,16 @@ async def test_an_old_and_a_new_token_are_both_good_until_the_old_one_is_taken_a
     assert [(await shown(entries, token))[0] for token in (TOKEN, OTHER)] == [200, 200]
     del entries["team"]
     assert [(await shown(entries, token))[0] for token in (TOKEN, OTHER)] == [401, 200]
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_token_of_before_is_the_same_client_until_its_time_is_over() -> None:
+    soon = (now() + timedelta(minutes=1)).isoformat()
+    entry = {"token": TOKEN, "previousToken": OTHER, "previousUntil": soon, "maxRunning": 2}
+    for token in (TOKEN, OTHER):
+        assert await shown({"team": entry}, token) == (200, repr(Client("team", 2)))
+    entry["previousUntil"] = (now() - timedelta(seconds=1)).isoformat()
+    assert [(await shown({"team": entry}, token))[0] for token in (TOKEN, OTHER)] == [200, 401]
 
 
 @pytest.mark.asyncio(loop_scope="session")

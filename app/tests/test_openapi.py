@@ -11,7 +11,6 @@ from aiohttp.test_utils import TestClient, TestServer
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from prometheus_client import generate_latest
-from pydantic import SecretStr
 
 from claude_jobs.contract.error import HTTP_STATUS, ErrorCode
 from claude_jobs.contract.event import Event, FailureCode, Gap
@@ -22,7 +21,7 @@ from claude_jobs.gateway.openapi import document
 from claude_jobs.settings import GatewaySettings
 
 SETTINGS = GatewaySettings(
-    broker_gateway_password=SecretStr("password-of-the-gateway"),
+    broker_gateway_password="password-of-the-gateway",
     allow_anonymous=True,
     job_timeout_seconds=120,
 )

@@ -10,7 +10,6 @@ import pytest
 import pytest_asyncio
 from bus_ends import present
 from nats_server import PASSWORDS, NatsServer
-from pydantic import SecretStr
 
 from claude_jobs.agent.guard import Watchdog
 from claude_jobs.broker import REPLICA_USER
@@ -98,7 +97,7 @@ class Scene:
     def settings(self) -> ReplicaSettings:
         # It has no credentials: an attempt ends where the agent would be started.
         return ReplicaSettings(
-            broker_replica_password=SecretStr(PASSWORDS[REPLICA_USER]),
+            broker_replica_password=PASSWORDS[REPLICA_USER],
             workspace_dir=self.directory,
             claude_path=self.directory / "must-not-be-started",
         )

@@ -68,11 +68,27 @@ def test_the_defaults_are_the_documented_ones(secrets: Path) -> None:
 
 def test_secrets_come_from_files(secrets: Path) -> None:
     settings = load(GatewaySettings, secrets_dir=secrets)
-    assert settings.broker_gateway_password.get_secret_value() == PASSWORD
+    assert settings.broker_gateway_password.current == PASSWORD
     (token,) = settings.api_tokens
     assert (token.client.name, token.secret.get_secret_value()) == ("default", TOKEN)
     assert PASSWORD not in repr(settings)
     assert TOKEN not in repr(settings)
+
+
+def test_a_password_that_is_changed_is_two_of_which_the_first_is_ones_own(secrets: Path) -> None:
+    (secrets / "broker_gateway_password").write_text(f"the-new-password\n{PASSWORD}\n")
+    password = load(GatewaySettings, secrets_dir=secrets).broker_gateway_password
+    assert password.current == "the-new-password"
+    assert password.accepted == ("the-new-password", PASSWORD)
+    assert PASSWORD not in repr(password)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "short", f"{PASSWORD}\nshort"])
+def test_a_password_that_is_too_short_is_named_and_not_shown(secrets: Path, text: str) -> None:
+    (secrets / "broker_gateway_password").write_text(text)
+    said = refusal(GatewaySettings, secrets)
+    assert "broker_gateway_password: must be a password of at least 16 characters" in said
+    assert PASSWORD not in said
 
 
 def test_an_empty_variable_counts_as_not_set(
@@ -162,7 +178,9 @@ def broker(secrets: Path, version: tuple[int, int] = (2, 10)) -> dict[str, objec
 def test_each_role_has_its_own_rights(secrets: Path) -> None:
     authorization = broker(secrets)["authorization"]
     assert isinstance(authorization, dict)
-    users = {user["user"]: user for user in authorization["users"]}
+    # The name tells the password, too.
+    users = {user["user"].rpartition("-")[0]: user for user in authorization["users"]}
+    assert len(users) == len(authorization["users"])
     assert users.keys() == {"gateway", "replica", "broker"}
     assert len({user["password"] for user in users.values()}) == 3
     for name, user in users.items():
@@ -177,6 +195,16 @@ def test_each_role_has_its_own_rights(secrets: Path) -> None:
         "$JS.API.STREAM.SNAPSHOT.>",
         "$JS.API.STREAM.RESTORE.>",
     ]
+
+
+def test_while_a_password_is_changed_both_are_good_and_nothing_else_differs(secrets: Path) -> None:
+    (secrets / "broker_replica_password").write_text(f"the-new-password\n{PASSWORD}\n")
+    authorization = broker(secrets)["authorization"]
+    assert isinstance(authorization, dict)
+    new, old = (each for each in authorization["users"] if each["user"].startswith("replica-"))
+    assert (new["password"], old["password"]) == ("the-new-password", PASSWORD)
+    assert new["user"] != old["user"]
+    assert new["permissions"] == old["permissions"]
 
 
 def test_what_is_accepted_is_on_disk_where_the_server_can(secrets: Path) -> None:

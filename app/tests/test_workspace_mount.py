@@ -14,7 +14,6 @@ import httpx
 import psutil
 import pytest
 from pool_client import RunningPool, running_pool
-from pydantic import SecretStr
 
 from claude_jobs.settings import ReplicaSettings, SettingsError, load
 from claude_jobs.workspace_mount import MOUNTINFO, WorkspaceMount, mount_of, mounts
@@ -45,7 +44,7 @@ def looked_at(directory: Path, text: str, **fields: str) -> str | None:
     recorded.write_text(text)
     settings = ReplicaSettings(
         **{"node_name": "worker-1", "workspace_source": SOURCE, **fields},  # type: ignore[arg-type]
-        broker_replica_password=SecretStr("x" * 16),
+        broker_replica_password="x" * 16,
     )
     return WorkspaceMount(settings, mountinfo=recorded).fault()
 
@@ -133,7 +132,7 @@ def test_what_the_kernel_says_of_this_machine_can_be_read() -> None:
 
 
 def test_mounts_that_cannot_be_read_are_a_fault() -> None:
-    settings = ReplicaSettings(workspace_source=SOURCE, broker_replica_password=SecretStr("x" * 16))
+    settings = ReplicaSettings(workspace_source=SOURCE, broker_replica_password="x" * 16)
     said = WorkspaceMount(settings, mountinfo=Path("/nothing")).fault()
     assert said is not None
     assert "the mounts cannot be read (No such file or directory)" in said

@@ -145,7 +145,7 @@ class Gateway:
         self.wire = wire
         self._settings = GatewaySettings(
             broker_url=wire.url,
-            broker_gateway_password=SecretStr(PASSWORDS[GATEWAY_USER]),
+            broker_gateway_password=PASSWORDS[GATEWAY_USER],
             api_tokens=json.dumps({"tests": TOKEN}),
             workspace_dir=workspace,
             lease_seconds=LEASE,
@@ -184,7 +184,7 @@ class Replica:
         self._supervisor = Supervisor(
             ReplicaSettings(
                 broker_url=wire.url,
-                broker_replica_password=SecretStr(PASSWORDS[REPLICA_USER]),
+                broker_replica_password=PASSWORDS[REPLICA_USER],
                 claude_code_credentials_json=SecretStr('{"apiKey": "none"}'),
                 claude_path=pool.workspace / "no-program",
                 agent_home=pool.workspace,

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from claude_jobs.broker.users import ROUTE_USER, route_password, users
+from claude_jobs.broker.users import (
+    ROUTE_USER,
+    SYSTEM_ACCOUNT,
+    route_password,
+    system_users,
+    users,
+)
 from claude_jobs.bus.topology import JOBS_BYTES
 from claude_jobs.settings import BrokerSettings
 
@@ -35,6 +41,8 @@ def configuration(settings: BrokerSettings, version: tuple[int, int]) -> str:
     }
     if settings.broker_servers > 1:
         made["cluster"] = _cluster(settings, version)
+        made["accounts"] = {SYSTEM_ACCOUNT: {"users": system_users(settings)}}
+        made["system_account"] = SYSTEM_ACCOUNT
     return json.dumps(made, indent=2)
 
 

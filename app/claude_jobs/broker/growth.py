@@ -13,14 +13,9 @@ is there is whole.
 """
 
 import asyncio
-import contextlib
-import json
 import logging
 import secrets
 import shutil
-import socket
-import tempfile
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,9 +28,10 @@ import nats.errors
 from nats.js.api import StreamInfo
 from nats.js.errors import NotFoundError
 
-from claude_jobs.broker.configuration import jetstream, server_name
-from claude_jobs.broker.program import find_server, version_of, write_configuration
+from claude_jobs.broker.configuration import server_name
+from claude_jobs.broker.lone_server import lone_server
 from claude_jobs.broker.stores import STORE_NAME, streams_in
+from claude_jobs.broker.succession import succeed
 from claude_jobs.broker.users import BROKER_USER, broker_password
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.servers import Arrival, BrokerServers
@@ -57,7 +53,9 @@ _NOT_CARRIED = {f"KV_{PRESENCE_BUCKET}"}
 
 
 async def join(settings: BrokerSettings) -> None:
-    """Make this node's server one of its broker's; returns once it is.
+    """Make this node's server one of its broker's, perhaps in the place of another.
+
+    Returns once it is.
 
     Tries for ever, as it waits for the other servers.
     """
@@ -70,7 +68,8 @@ async def join(settings: BrokerSettings) -> None:
             log.warning("not joined yet", extra={"cause": str(error) or repr(error)})
             await asyncio.sleep(_RETRY)
         else:
-            return
+            break
+    await succeed(settings)
 
 
 async def _join(settings: BrokerSettings) -> None:
@@ -85,7 +84,7 @@ async def _join(settings: BrokerSettings) -> None:
         servers = await BrokerServers.open(cluster, copies=settings.broker_servers)
         brought = await servers.has_brought(name)
         if brought is None:
-            async with _lone_server(settings) as lone:
+            async with _lone_store(settings) as lone:
                 await servers.arrive(Arrival(name, await _newest(lone) if lone else None))
                 brought = await _is_chosen(servers, settings)
                 if lone and brought:
@@ -202,56 +201,13 @@ async def _on_every_server(cluster: Bus, stream: str, copies: int) -> None:
 
 
 @asynccontextmanager
-async def _lone_server(settings: BrokerSettings) -> AsyncIterator[Bus | None]:
-    """Run a private server on what this node's lone server has stored, if there is anything.
-
-    It ends with this process, however that ends.
-    """
+async def _lone_store(settings: BrokerSettings) -> AsyncIterator[Bus | None]:
+    """Open what this node's server stored when it was alone, if there is anything."""
     if not streams_in(settings.broker_data_dir):
         yield None
         return
-    password = secrets.token_hex(32)
-    port = _free_port()
-    server = find_server()
-    made = {
-        "server_name": "nats",
-        "listen": f"127.0.0.1:{port}",
-        "jetstream": jetstream(settings, version_of(server), settings.broker_data_dir),
-        "authorization": {"user": BROKER_USER, "password": password},
-    }
-    with tempfile.TemporaryDirectory(dir=settings.broker_config_dir) as directory:
-        path = Path(directory) / "nats.conf"
-        write_configuration(path, json.dumps(made))
-        process = await asyncio.create_subprocess_exec(
-            *("setpriv", "--pdeathsig", "KILL", server, "--config", str(path))
-        )
-        try:
-            await _listens(process, port)
-            async with connect(
-                f"nats://127.0.0.1:{port}", user=BROKER_USER, password=password, name="broker-join"
-            ) as bus:
-                yield bus
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.wait()
-
-
-async def _listens(process: Process, port: int) -> None:
-    """Wait until a server has read its store and listens; raises `OSError` when it has ended."""
-    while process.returncode is None:
-        with contextlib.suppress(ConnectionError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
-            return
-        await asyncio.sleep(_POLL)
-    raise OSError(f"nats-server ended with {process.returncode} on the lone server's store")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    async with lone_server(settings) as bus:
+        yield bus
 
 
 def _put_away(settings: BrokerSettings, *, brought: bool) -> None:

@@ -9,8 +9,7 @@ import hashlib
 import hmac
 from typing import Any
 
-from pydantic import SecretStr
-
+from claude_jobs.bus.connection import login
 from claude_jobs.bus.servers import SERVERS_BUCKET
 from claude_jobs.bus.topology import (
     CANCELLATIONS_BUCKET,
@@ -25,11 +24,14 @@ from claude_jobs.bus.topology import (
     SESSIONS_STREAM,
     SESSIONS_SUBJECTS,
 )
-from claude_jobs.settings import BrokerSettings
+from claude_jobs.settings import BrokerSettings, Passwords
 
 GATEWAY_USER = "gateway"
 REPLICA_USER = "replica"
 BROKER_USER = "broker"
+# Who may take a server off the broker. In an account of its own, which has no stream.
+SYSTEM_USER = "system"
+SYSTEM_ACCOUNT = "SYS"
 # The user as which one server comes in to another.
 ROUTE_USER = "route"
 
@@ -83,16 +85,35 @@ _PERMISSIONS = {
 
 
 def users(settings: BrokerSettings) -> list[dict[str, Any]]:
-    """Return the users with their passwords and rights, as the configuration has them."""
+    """Return the users with their passwords and rights, as the configuration has them.
+
+    One whose password is being changed is there twice.
+    """
     passwords = {
-        GATEWAY_USER: settings.broker_gateway_password.get_secret_value(),
-        REPLICA_USER: settings.broker_replica_password.get_secret_value(),
-        BROKER_USER: broker_password(settings),
+        GATEWAY_USER: settings.broker_gateway_password.accepted,
+        REPLICA_USER: settings.broker_replica_password.accepted,
+        BROKER_USER: (broker_password(settings),),
     }
     return [
-        {"user": user, "password": password, "permissions": _PERMISSIONS[user]}
-        for user, password in passwords.items()
+        {
+            "user": login(user, password),
+            "password": password,
+            "permissions": _PERMISSIONS[user],
+        }
+        for user, accepted in passwords.items()
+        for password in accepted
     ]
+
+
+def system_users(settings: BrokerSettings) -> list[dict[str, Any]]:
+    """Return the user of the account that manages the servers."""
+    password = system_password(settings)
+    return [{"user": login(SYSTEM_USER, password), "password": password}]
+
+
+def system_password(settings: BrokerSettings) -> str:
+    """Return the password of the user that manages the servers."""
+    return _derived(settings.broker_gateway_password, "user system")
 
 
 def broker_password(settings: BrokerSettings) -> str:
@@ -105,7 +126,7 @@ def route_password(settings: BrokerSettings) -> str:
     return _derived(settings.broker_gateway_password, "route")
 
 
-def _derived(secret: SecretStr, purpose: str) -> str:
+def _derived(passwords: Passwords, purpose: str) -> str:
     """Make a password out of another, for one purpose: from it nobody learns the other."""
-    key = secret.get_secret_value().encode()
+    key = passwords.current.encode()
     return hmac.new(key, f"claude-jobs {purpose}".encode(), hashlib.sha256).hexdigest()

@@ -1,6 +1,7 @@
 """A connection to NATS that is opened with patience and always closed."""
 
 import asyncio
+import hashlib
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -59,6 +60,15 @@ class Bus:
         return self.nats.is_connected
 
 
+def login(user: str, password: str) -> str:
+    """Return the name that the broker knows a user by, which tells his passwords apart.
+
+    So an old and a new one are both good while a password is changed. From the name nobody
+    learns the password.
+    """
+    return f"{user}-{hashlib.sha256(password.encode()).hexdigest()[:12]}"
+
+
 @asynccontextmanager
 async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIterator[Bus]:
     """Connect to the broker at `url` as `user`; waits until it is there.
@@ -91,7 +101,7 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
             client = _Client()
             await client.connect(
                 await _servers(url),
-                user=user,
+                user=login(user, password),
                 password=password,
                 name=name,
                 inbox_prefix=f"_INBOX_{user}".encode(),

@@ -129,7 +129,7 @@ async def _hold_connection(state: GatewayState) -> None:
     async with connect(
         settings.broker_url,
         user=GATEWAY_USER,
-        password=settings.broker_gateway_password.get_secret_value(),
+        password=settings.broker_gateway_password.current,
         name="gateway",
     ) as bus:
         while state.backend is None:
@@ -145,4 +145,4 @@ async def _hold_connection(state: GatewayState) -> None:
                 await asyncio.sleep(0.5)
         state.absence = away
         log.info("ready")
-        await keep_up(state.backend)
+        await keep_up(state, state.backend)

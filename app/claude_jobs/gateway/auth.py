@@ -7,6 +7,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from claude_jobs.api_tokens import ApiToken, Client
+from claude_jobs.contract.base import now
 from claude_jobs.contract.error import ErrorCode, RequestRefusedError
 
 __all__ = ["ANONYMOUS", "CLIENT", "Client", "bearer_auth"]
@@ -48,7 +49,8 @@ def _client(request: web.Request, tokens: Sequence[ApiToken]) -> Client:
     found = None
     # Every token is compared, each in constant time: the time taken tells nothing.
     for token in tokens:
-        if hmac.compare_digest(offered, token.secret.get_secret_value().encode()):
+        same = hmac.compare_digest(offered, token.secret.get_secret_value().encode())
+        if same and (token.until is None or now() < token.until):
             found = token.client
     if found is None:
         raise RequestRefusedError(ErrorCode.UNAUTHORIZED, "this token is not known here")

@@ -11,21 +11,32 @@ import nats.js.errors
 
 from claude_jobs.bus.sessions import sweep
 from claude_jobs.contract.job import TERMINAL_STATUSES
+from claude_jobs.gateway import job_directories
 from claude_jobs.gateway.settlement import is_over
-from claude_jobs.gateway.state import Backend
+from claude_jobs.gateway.state import Backend, GatewayState
+from claude_jobs.settings import WorkspaceMode
+from claude_jobs.workspace_threads import WorkspaceStalledError
 
 log = logging.getLogger(__name__)
 
 # The pause between two times, in seconds.
 _SWEEP_EVERY = 60.0
 _CLEAR_EVERY = 10.0
+_DIRECTORIES_EVERY = 600.0
 # So many jobs of a long queue are looked at a time: each is a question to the broker.
 _CLEAR_AT_MOST = 100
 
 
-async def keep_up(backend: Backend) -> None:
-    """Keep the broker's content as it should be, for ever."""
+# What a broker or a file server that is away for a while raises.
+_PASSING = (nats.errors.Error, nats.js.errors.Error, TimeoutError, WorkspaceStalledError)
+
+
+async def keep_up(state: GatewayState, backend: Backend) -> None:
+    """Keep the content of broker and workspace as it should be, for ever."""
     async with asyncio.TaskGroup() as care:
+        if state.settings.workspace_mode is WorkspaceMode.PER_JOB:
+            remove_old = partial(_remove_job_directories, state)
+            care.create_task(_repeat(remove_old, backend, every=_DIRECTORIES_EVERY))
         care.create_task(_repeat(_sweep_sessions, backend, every=_SWEEP_EVERY))
         care.create_task(_repeat(clear_queue, backend, every=_CLEAR_EVERY))
 
@@ -37,11 +48,8 @@ async def _repeat(
         await asyncio.sleep(every)
         try:
             await what(backend)
-        except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
-            log.warning(
-                "some upkeep is left for the next time",
-                extra={"what": what.__name__.strip("_"), "cause": repr(error)},
-            )
+        except _PASSING as error:
+            log.warning("some upkeep is left for the next time", extra={"cause": repr(error)})
 
 
 async def _sweep_sessions(backend: Backend) -> None:
@@ -49,6 +57,12 @@ async def _sweep_sessions(backend: Backend) -> None:
     removed = await sweep(backend.session_log, backend.sessions, partial(is_over, backend))
     if removed:
         log.info("removed sessions", extra={"sessions": removed})
+
+
+async def _remove_job_directories(state: GatewayState, backend: Backend) -> None:
+    age = state.settings.job_directory_age
+    if age is not None and state.mount.fault() is None:
+        await job_directories.remove_old(backend, state.threads, state.settings.workspace_dir, age)
 
 
 async def clear_queue(backend: Backend) -> None:

@@ -79,7 +79,7 @@ class Supervisor:
             connect(
                 settings.broker_url,
                 user=REPLICA_USER,
-                password=settings.broker_replica_password.get_secret_value(),
+                password=settings.broker_replica_password.current,
                 name=f"replica {settings.replica_name}",
             ) as bus,
             orphans_reaped(),

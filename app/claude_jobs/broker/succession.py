@@ -1,0 +1,82 @@
+"""Takes servers off the broker whose place another one has taken.
+
+A server's name is its node's. Where a node has made way for another, the new one's server comes
+in addition, empty, and every stream still counts on a copy that nobody will bring back. Swarm
+never runs more servers than the broker is to have; so once as many as that are there, one that
+is not there is one of before. Without it, the streams get their copies on the new server.
+"""
+
+import asyncio
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import nats.errors
+from nats.js.errors import APIError
+
+from claude_jobs.broker.users import SYSTEM_USER, system_password
+from claude_jobs.bus.connection import Bus, connect
+from claude_jobs.bus.snapshot import ask
+from claude_jobs.settings import BrokerSettings
+
+log = logging.getLogger(__name__)
+
+_POLL = 1.0
+# Seconds for which the others must be there, so that one that has only just gone is not taken
+# for one that was replaced.
+_SETTLE = 5.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server that the broker counts on. `peer` is its name among the servers themselves."""
+
+    name: str
+    peer: str
+    present: bool
+
+
+async def succeed(settings: BrokerSettings) -> None:
+    """Wait until the broker counts on no more servers than it is to have; sees to that."""
+    async with connect(
+        f"nats://127.0.0.1:{settings.broker_port}",
+        user=SYSTEM_USER,
+        password=system_password(settings),
+        name="broker-succession",
+    ) as bus:
+        since: float | None = None
+        clock = asyncio.get_running_loop().time
+        while True:
+            try:
+                members = await _members(bus)
+                if len(members) == settings.broker_servers:
+                    return
+                gone = [member for member in members if not member.present]
+                there = len(members) - len(gone)
+                whole = bool(gone) and there == settings.broker_servers
+                since = (since or clock()) if whole else None
+                if since and clock() - since >= _SETTLE:
+                    await _remove(bus, gone)
+            except (nats.errors.Error, APIError, TimeoutError) as error:
+                log.warning("no word of the servers", extra={"cause": str(error) or repr(error)})
+                since = None
+            await asyncio.sleep(_POLL)
+
+
+async def _remove(bus: Bus, gone: list[Member]) -> None:
+    for member in gone:
+        await ask(bus, "$JS.API.SERVER.REMOVE", {"peer": member.name, "peer_id": member.peer})
+        log.info("another server took this one's place", extra={"server": member.name})
+
+
+async def _members(bus: Bus) -> list[Member]:
+    """Return the servers that the broker counts on, as the one that leads them has them."""
+    wish = json.dumps({"leader_only": True}).encode()
+    answer = await bus.nats.request("$SYS.REQ.SERVER.PING.JSZ", wish, timeout=2)
+    group: dict[str, Any] = json.loads(answer.data)["data"]["meta_cluster"]
+    others = [
+        Member(each["name"], each["peer"], not each.get("offline", False))
+        for each in group.get("replicas") or []
+    ]
+    return [Member(group["leader"], group["peer"], present=True), *others]
