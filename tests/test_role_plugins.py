@@ -44,6 +44,7 @@ def service(wanted: int | None = 1, name: str = "pool_api", **more: Any) -> Json
 
 def task(state: str, slot: int = 1, *, at: int = 0, spec: Json = NEW, **status: Any) -> Json:
     return {
+        "ID": f"{slot}-{at}",
         "ServiceID": "pool_api",
         "Slot": slot,
         "CreatedAt": f"2026-01-01T00:00:{at:02}Z",
@@ -53,8 +54,10 @@ def task(state: str, slot: int = 1, *, at: int = 0, spec: Json = NEW, **status: 
     }
 
 
-def looked(one: Json, *looks: list[Json], one_shot: bool = False) -> Any:
-    watch = convergence.StackWatch(one_shot=frozenset({"pool_api"} if one_shot else ()))
+def looked(one: Json, *looks: list[Json], one_shot: bool = False, rolled_back: bool = False) -> Any:
+    watch = convergence.StackWatch(
+        one_shot=frozenset({"pool_api"} if one_shot else ()), rolled_back=rolled_back
+    )
     for tasks in looks:
         watch.look([one], tasks)
     return watch
@@ -127,6 +130,24 @@ def test_an_update_is_waited_for_until_it_is_paused_or_rolled_back(state: str) -
     assert (watch.stuck, watch.converged) == (False, False)
 
 
+def test_a_spec_of_which_every_task_fails_is_given_up_and_one_that_has_run_is_not() -> None:
+    failures = [task("failed", at=number) for number in range(6)]
+    before = task("running", spec=OLD)
+    assert not looked(service(), [before, *failures[:5]]).stuck
+    assert looked(service(), [before, *failures[:3]], [before, *failures[3:]]).stuck
+    assert not looked(service(), [task("running")], failures).stuck
+    assert not looked(service(), [*failures, task("running", slot=2)]).stuck
+
+
+def test_after_a_rollback_what_was_rolled_back_counts() -> None:
+    done = service(UpdateStatus={"State": "rollback_completed"})
+    assert not looked(done, [task("running")]).converged
+    assert looked(done, [task("running")], rolled_back=True).converged
+    under_way = service(UpdateStatus={"State": "rollback_started"})
+    assert not looked(under_way, [task("running")], rolled_back=True).converged
+    assert not looked(under_way, [task("running")], rolled_back=True).stuck
+
+
 def test_a_service_that_wants_nothing_converges_when_nothing_is_left() -> None:
     assert converges(service(0), []) and not converges(service(0), [task("running")])
 
@@ -195,6 +216,43 @@ def published(labels: Json | None = None, kind: str = "tcp") -> Json:
 def test_a_port_is_held_by_whatever_is_not_ours(case: tuple[list[Any], ...]) -> None:
     *lists, holders = case
     assert engine_lists.port_holders(3000, "pool", *lists) == holders
+
+
+def agent_node(cpus: int, gib: int, **more: Any) -> Json:
+    resources = {"NanoCPUs": cpus * 10**9, "MemoryBytes": gib << 30}
+    return {
+        "Description": {"Resources": resources},
+        "Spec": {"Availability": "active", "Labels": {"agents": "true"}},
+        "Status": {"State": "ready"},
+        **more,
+    }
+
+
+def test_replicas_fit_on_the_nodes_that_may_have_them_by_what_is_set_aside() -> None:
+    template = {
+        "Resources": {"Reservations": {"NanoCPUs": 250_000_000, "MemoryBytes": 512 << 20}},
+        "Placement": {"Constraints": ["node.labels.agents == true"]},
+    }
+    pool = {"Spec": {"TaskTemplate": template}}
+    others = [
+        agent_node(8, 8, Spec={"Availability": "active", "Labels": {}}),
+        agent_node(8, 8, Spec={"Availability": "drain", "Labels": {"agents": "true"}}),
+        agent_node(8, 8, Status={"State": "down"}),
+    ]
+    # By its CPUs the first has room for 8, by its memory the second for 4.
+    assert engine_lists.replica_room([agent_node(2, 8), agent_node(2, 2), *others], pool) == 12
+    assert engine_lists.replica_room(others, pool) == 0
+    assert engine_lists.replica_room([agent_node(1, 1)], {}) == 9999
+
+
+def test_only_what_a_deployment_changed_is_rolled_back() -> None:
+    before = [{"ID": name, "Spec": {"Name": name, "Image": 1}} for name in ("a", "b")]
+    now = [
+        before[0],
+        {"ID": "b", "Spec": {"Name": "b", "Image": 2}, "PreviousSpec": before[1]["Spec"]},
+        {"ID": "c", "Spec": {"Name": "c", "Image": 2}},
+    ]
+    assert engine_lists.changed_services(now, before) == ["b"]
 
 
 def test_a_stacks_services_are_those_with_its_label() -> None:

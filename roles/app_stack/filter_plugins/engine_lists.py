@@ -10,6 +10,9 @@ _STACK_LABEL = "com.docker.stack.namespace"
 # The engine's own processes listen in place of a container or service, which is named instead.
 _ENGINE_PROCESSES = frozenset({"dockerd", "docker-proxy"})
 _PROCESS = re.compile(r'"([^"]+)",pid=(\d+)')
+_LABEL = re.compile(r"node\.labels\.([\w.-]+)==(.*)")
+# Where nothing is set aside, any number fits.
+_NO_LIMIT = 9999
 
 Json = Mapping[str, Any]
 
@@ -52,8 +55,48 @@ def stack_services(services: list[Json], stack: str) -> list[str]:
     ]
 
 
+def changed_services(services: list[Json], before: list[Json]) -> list[str]:
+    """Return the names of those services whose spec is another one than ``before``, and that had one before."""
+    specs = {service["ID"]: service["Spec"] for service in before}
+    return [
+        service["Spec"]["Name"]
+        for service in services
+        if service.get("PreviousSpec") and specs.get(service["ID"], service["Spec"]) != service["Spec"]
+    ]
+
+
+def replica_room(nodes: list[Json], service: Json) -> int:
+    """Return how many replicas the nodes have room for, by what the service sets aside for each.
+
+    Counted are nodes that work and have every label that the service asks for; what else runs there is not.
+    """
+    template = (service.get("Spec") or {}).get("TaskTemplate") or {}
+    wanted = (template.get("Resources") or {}).get("Reservations") or {}
+    labels = [
+        _LABEL.fullmatch(one.replace(" ", "")) for one in (template.get("Placement") or {}).get("Constraints") or []
+    ]
+    room = 0
+    for node in nodes:
+        has = node["Spec"].get("Labels") or {}
+        if (
+            node["Status"].get("State") != "ready"
+            or node["Spec"].get("Availability") != "active"
+            or any(label and has.get(label[1]) != label[2] for label in labels)
+        ):
+            continue
+        there = node["Description"]["Resources"]
+        shares = [there.get(kind, 0) // wanted[kind] for kind in ("NanoCPUs", "MemoryBytes") if wanted.get(kind)]
+        room += min(shares, default=_NO_LIMIT)
+    return min(room, _NO_LIMIT)
+
+
 class FilterModule:
     """What Ansible looks for."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"port_holders": port_holders, "stack_services": stack_services}
+        return {
+            "changed_services": changed_services,
+            "port_holders": port_holders,
+            "replica_room": replica_room,
+            "stack_services": stack_services,
+        }

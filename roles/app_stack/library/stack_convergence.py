@@ -41,6 +41,10 @@ options:
     description: Seconds to wait before giving up.
     type: float
     default: 300
+  rolled_back:
+    description: Whether services that were rolled back count as well.
+    type: bool
+    default: false
   settle:
     description: Seconds for which everything must hold, so that what starts only to fail is not taken for what runs.
     type: float
@@ -94,6 +98,8 @@ FAILED = frozenset({"failed", "rejected", "orphaned"})
 STUCK = frozenset({"paused", "rollback_started", "rollback_paused", "rollback_completed"})
 STACK_LABEL = "com.docker.stack.namespace"
 LOG_LINES = 10
+# So many tasks of a spec that failed, while none of it ever ran, and no more are waited for.
+HOPELESS = 6
 
 
 class EngineError(Exception):
@@ -204,12 +210,15 @@ class ServiceWatch:
 
     name: str
     one_shot: bool = False
+    rolled_back: bool = False
     proven: set[str] = dataclasses.field(default_factory=set)
     wanted: int = 0
     running: int = 0
     starting: int = 0
     converged: bool = False
     stuck: str = ""
+    ran: bool = False
+    failed: set[str] = dataclasses.field(default_factory=set)
 
     def look(self, service: Json, tasks: Iterable[Json]) -> None:
         current = sorted((task for task in tasks if is_current(task, service)), key=lambda task: task["CreatedAt"])
@@ -218,8 +227,10 @@ class ServiceWatch:
             slot, state = _slot(task), _state(task)
             if state == "running" or (state == "complete" and self.one_shot):
                 self.proven.add(slot)
+                self.ran = True
             elif state == "complete" or state in FAILED:
                 self.proven.discard(slot)
+                self.failed.add(str(task["ID"]))
             if task["DesiredState"] in ("running", "ready") and state in LIVE:
                 live[slot] = task
         healthy = sum(_state(task) == "running" for task in live.values())
@@ -230,7 +241,13 @@ class ServiceWatch:
         self.starting = len(live) - healthy
         update = service.get("UpdateStatus") or {}
         update_state = update.get("State") or "completed"
+        if self.rolled_back and update_state.startswith("rollback_"):
+            update_state = {"rollback_completed": "completed", "rollback_started": "updating"}.get(
+                update_state, update_state
+            )
         self.stuck = f"its update is {update_state}: {update.get('Message', '')}" if update_state in STUCK else ""
+        if not self.stuck and not self.ran and len(self.failed) >= HOPELESS:
+            self.stuck = f"{len(self.failed)} tasks of the newest spec have failed, and none has run"
         self.converged = update_state == "completed" and len(live) == self.wanted and set(live) <= self.proven
 
 
@@ -239,12 +256,14 @@ class StackWatch:
     """What has been seen of a stack so far."""
 
     one_shot: frozenset[str] = frozenset()
+    rolled_back: bool = False
     services: dict[str, ServiceWatch] = dataclasses.field(default_factory=dict)
     draining: int = 0
 
     def look(self, services: list[Json], tasks: list[Json]) -> None:
         self.services = {
-            name: self.services.get(name) or ServiceWatch(name, one_shot=name in self.one_shot)
+            name: self.services.get(name)
+            or ServiceWatch(name, one_shot=name in self.one_shot, rolled_back=self.rolled_back)
             for name in sorted(service["Spec"]["Name"] for service in services)
         }
         for service in services:
@@ -307,6 +326,7 @@ def main() -> None:
         argument_spec={
             "name": {"type": "str", "required": True},
             "one_shot": {"type": "list", "elements": "str", "default": []},
+            "rolled_back": {"type": "bool", "default": False},
             "timeout": {"type": "float", "default": 300},
             "settle": {"type": "float", "default": 2},
             "interval": {"type": "float", "default": 0.5},
@@ -316,7 +336,7 @@ def main() -> None:
     )
     stack = module.params["name"]
     engine = SocketEngine(module.params["socket"])
-    watch = StackWatch(one_shot=frozenset(module.params["one_shot"]))
+    watch = StackWatch(one_shot=frozenset(module.params["one_shot"]), rolled_back=module.params["rolled_back"])
     start = time.monotonic()
     good_since: float | None = None
     try:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 _FORM = '{"<name>": "<token>"} or {"<name>": {"token": "<token>", "maxRunning": <number>, "maxQueued": <number>}}'
 _MIN_TOKEN_LENGTH = 16
+# While a token is changed: the one before, and until when it is taken.
+_PREVIOUS, _UNTIL = "previousToken", "previousUntil"
 _LIMITS = {"maxRunning": 1, "maxQueued": 1}  # field: the least that makes sense
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VISIBLE_ASCII = re.compile(r"[!-~]*")
@@ -46,22 +49,48 @@ def _entry(name: object, value: object) -> tuple[str, dict[str, Any]]:
     if not _NAME.fullmatch(name):
         raise _RefusedError(f"the name {name!r} is not allowed; use 1 to 64 letters, digits, '-' and '_'")
     entry = dict(value.items()) if isinstance(value, dict) else {"token": value}
-    if not entry.keys() <= {"token", *_LIMITS}:
-        raise _RefusedError(f"the entry {name!r} has an unknown field; it may have token, maxRunning and maxQueued")
-    secret = entry.get("token")
-    if not isinstance(secret, str):
-        raise _RefusedError(f"the entry {name!r} has no token that is a string; give {_FORM}")
-    if len(secret) < _MIN_TOKEN_LENGTH:
+    if not entry.keys() <= {"token", *_LIMITS, _PREVIOUS, _UNTIL}:
         raise _RefusedError(
-            f"the token of the entry {name!r} has fewer than {_MIN_TOKEN_LENGTH} characters; give a longer one"
+            f"the entry {name!r} has an unknown field; it may have token, maxRunning, maxQueued, "
+            f"{_PREVIOUS} and {_UNTIL}"
         )
-    if not _VISIBLE_ASCII.fullmatch(secret):
+    secret = _secret(name, "token", entry.get("token"))
+    limits = {field: limit for field in _LIMITS if (limit := _limit(name, entry, field)) is not None}
+    previous = {}
+    if _PREVIOUS in entry or _UNTIL in entry:
+        previous = {
+            _PREVIOUS: _secret(name, _PREVIOUS, entry.get(_PREVIOUS)),
+            _UNTIL: _moment(name, entry.get(_UNTIL)),
+        }
+    return name, {"token": secret, **limits, **previous}
+
+
+def _secret(name: str, field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _RefusedError(f"the entry {name!r} has no {field} that is a string; give {_FORM}")
+    if len(value) < _MIN_TOKEN_LENGTH:
         raise _RefusedError(
-            f"the token of the entry {name!r} has white space or a character that is not ASCII; "
+            f"the {field} of the entry {name!r} has fewer than {_MIN_TOKEN_LENGTH} characters; give a longer one"
+        )
+    if not _VISIBLE_ASCII.fullmatch(value):
+        raise _RefusedError(
+            f"the {field} of the entry {name!r} has white space or a character that is not ASCII; "
             "a header cannot carry it"
         )
-    limits = {field: limit for field in _LIMITS if (limit := _limit(name, entry, field)) is not None}
-    return name, {"token": str(secret), **limits}
+    return str(value)
+
+
+def _moment(name: str, value: object) -> str:
+    try:
+        # YAML reads a time that stands without quotes as one.
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise _RefusedError(
+            f"{_UNTIL} of the entry {name!r} is no time with its zone, such as 2026-12-01T12:00:00+00:00"
+        )
+    return moment.isoformat()
 
 
 def _entries(value: Any) -> dict[str, dict[str, Any]]:
@@ -78,9 +107,10 @@ def _entries(value: Any) -> dict[str, dict[str, Any]]:
     entries = {}
     for given, one in value.items():
         name, entry = _entry(given, one)
-        other = names.setdefault(entry["token"], name)
-        if other != name:
-            raise _RefusedError(f"the entries {other!r} and {name!r} have the same token; give each its own")
+        for token in (entry["token"], entry.get(_PREVIOUS, entry["token"])):
+            other = names.setdefault(token, name)
+            if other != name:
+                raise _RefusedError(f"the entries {other!r} and {name!r} have the same token; give each its own")
         entries[name] = entry
     return entries
 
