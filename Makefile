@@ -1,6 +1,6 @@
 # The project's commands; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help environment lint test test-quick test-e2e test-cluster dev format requirements
+.PHONY: help environment lint test test-quick test-e2e test-cluster test-operations dev format requirements
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
@@ -13,7 +13,7 @@ SHELL_SCRIPTS := deploy-swarm.sh tools/venv.sh tools/test-environment tools/clus
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-environment: ## Install what the tests need (.venv, nats-server)
+environment: ## Install what the tests need (.venv, nats-server, rsync)
 	@tools/test-environment
 
 lint: environment ## Check style, types and playbooks; changes nothing
@@ -32,17 +32,25 @@ lint: environment ## Check style, types and playbooks; changes nothing
 test-quick: lint ## Everything that needs no Docker: lint, units, real processes (20 minutes)
 	cd app && python -m pytest
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
-		tests/test_cluster_preflight.py
+		tests/test_cluster_preflight.py tests/test_node_verbs.py tests/test_pool_report.py
 
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e
 
 test: test-quick test-e2e ## Everything (30 minutes on two cores)
 
-test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (35 minutes)
+test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (40 minutes)
 	tools/cluster-environment
 	molecule test
 	molecule test --scenario-name ha
+
+test-operations: environment ## The operator's verbs under jobs on the same machines (70 minutes)
+	tools/cluster-environment
+	for scenario in default ha; do \
+		for step in destroy create prepare converge verify destroy; do \
+			CLUSTER_TESTS=long molecule $$step --scenario-name $$scenario || exit; \
+		done; \
+	done
 
 dev: environment ## Run a pool without Docker: http://127.0.0.1:3000
 	PYTHONPATH=app python -m claude_jobs.development $(ARGS)

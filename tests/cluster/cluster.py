@@ -2,10 +2,10 @@
 
 import asyncio
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import testinfra
 from testinfra.host import Host
 from testinfra.utils.ansible_runner import AnsibleRunner
 
-from claude_jobs.client import Client, ClientError
+from claude_jobs.client import ApiError, Client, ClientError
 
 STACK = "claude-code-stack"
 T = TypeVar("T")
@@ -31,10 +31,10 @@ def wait_until(condition: Callable[[], T | None], what: str, *, seconds: float) 
 class Cluster:
     """The machines of an inventory as one pool."""
 
-    def __init__(self, inventory: Path, token: str) -> None:
+    def __init__(self, inventory: Path, token_file: Path) -> None:
         self.inventory = inventory
+        self._token_file = token_file
         self._runner = AnsibleRunner.get_runner(str(inventory))
-        self._token = token
         self.managers: list[str] = sorted(self._runner.get_hosts("swarm_managers"))
         groups = self._runner.inventory
         self.workers: list[str] = sorted(groups.get("swarm_workers", {}).get("hosts", []))
@@ -51,6 +51,34 @@ class Cluster:
             (name for name in self.nodes if address == self.variables(name).get("node_address")),
             "",
         )
+
+    def in_roles(self, directory: Path, *, managers: list[str], workers: list[str]) -> "Cluster":
+        """Return the same machines in other roles, by an inventory that is made in a directory."""
+        changed = directory / "inventory"
+        changed.mkdir(parents=True)
+        for name in ("group_vars", "machines.json"):
+            (changed / name).symlink_to((self.inventory / name).absolute())
+        # What the group variables name from there.
+        (directory / ".machines").symlink_to(self._token_file.absolute().parent.parent)
+
+        def hosts(names: list[str]) -> dict[str, object]:
+            return {
+                "hosts": {
+                    name: {
+                        "node_address": self.variables(name)["node_address"],
+                        "node_runs_agents": name in self.agents,
+                    }
+                    for name in names
+                }
+            }
+
+        groups = {
+            "swarm_managers": hosts(managers),
+            "swarm_workers": hosts(workers),
+            "nfs_server": {"hosts": {self.nfs_server: {}}},
+        }
+        (changed / "hosts.yml").write_text(json.dumps(groups))
+        return Cluster(changed, self._token_file)
 
     def host(self, name: str) -> Host:
         """Return a machine to run commands on, as root."""
@@ -69,7 +97,30 @@ class Cluster:
 
     def client(self, name: str, *, give_up_after: float = 120) -> Client:
         """Return a client of the API that talks to one node."""
-        return Client(self.api(name), self._token, give_up_after=give_up_after)
+        return Client(self.api(name), self.token, give_up_after=give_up_after)
+
+    @property
+    def token(self) -> str:
+        """The API token as it is now: a rotation makes another one."""
+        return self._token_file.read_text().strip()
+
+    def forget_secrets(self) -> None:
+        """Lose what the machine that runs Ansible keeps."""
+        shutil.rmtree(self._token_file.parent)
+
+    def accepts(self, token: str) -> bool:
+        """Tell whether the API lets somebody in who has this token."""
+
+        async def ask() -> bool:
+            async with Client(self.api(self.managers[0]), token, give_up_after=0) as client:
+                try:
+                    await client.status()
+                except ApiError as error:
+                    assert error.status == 401
+                    return False
+                return True
+
+        return asyncio.run(ask())
 
     def docker(self, *arguments: str, on: str | None = None) -> str:
         """Run the Docker client on a manager and return what it prints."""
@@ -119,9 +170,9 @@ class Cluster:
         )
         return Counter(task["Node"] for task in shown if task["CurrentState"].startswith("Running"))
 
-    @cached_property
+    @property
     def replicas(self) -> int:
-        """How many replicas are wanted."""
+        """How many replicas are wanted at this moment."""
         spec = json.loads(self.docker("service", "inspect", f"{STACK}_claude-api"))
         return int(spec[0]["Spec"]["Mode"]["Replicated"]["Replicas"])
 
@@ -140,8 +191,9 @@ class Cluster:
             "all nodes are ready",
             seconds=seconds,
         )
+        wanted = self.replicas
         wait_until(
-            lambda: asyncio.run(self.idle(self.managers[0])) == self.replicas,
-            f"{self.replicas} idle replicas",
+            lambda: asyncio.run(self.idle(self.managers[0])) == wanted,
+            f"{wanted} idle replicas",
             seconds=seconds,
         )

@@ -22,7 +22,17 @@ from machines import Machines
 T = TypeVar("T")
 
 # What the tests do to a cluster grows: those that only look come first.
-ORDER = ("test_nodes", "test_preflight", "test_jobs", "test_losses", "test_managers")
+ORDER = (
+    "test_nodes",
+    "test_preflight",
+    "test_jobs",
+    "test_losses",
+    "test_managers",
+    "test_timers",
+    "test_operations",
+    "test_restore",
+    "test_teardown",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes minutes; run by `make test-operations`")
     config.addinivalue_line("markers", "machines: switches machines off")
     config.addinivalue_line("markers", "managers: needs three managers")
     config.addinivalue_line("markers", "registry: needs a registry on one of the nodes")
@@ -58,8 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _cluster(config: pytest.Config) -> Cluster:
     inventory = config.getoption("ansible_inventory")
-    token = Path(os.environ["CLAUDE_JOBS_TOKEN_FILE"]).read_text().strip()
-    return Cluster(Path(inventory), token)
+    return Cluster(Path(inventory), Path(os.environ["CLAUDE_JOBS_TOKEN_FILE"]))
 
 
 @pytest.fixture(scope="session")

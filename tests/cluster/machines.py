@@ -21,7 +21,11 @@ class Machines:
         """Start the machine again, with the disk as it was."""
         self._do("power-on", name)
 
-    def _do(self, command: str, name: str) -> None:
+    def reinstall(self, *names: str) -> None:
+        """Put a fresh disk into machines and start them."""
+        self._do("reinstall", *names)
+
+    def _do(self, command: str, *names: str) -> None:
         subprocess.run(
-            [sys.executable, str(TOOL), command, "--state", str(self._state), name], check=True
+            [sys.executable, str(TOOL), command, "--state", str(self._state), *names], check=True
         )

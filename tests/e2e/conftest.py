@@ -15,6 +15,7 @@ ORDER = (
     "test_refusals",
     "test_deployment",
     "test_jobs",
+    "test_operations",
     "test_losses",
     "test_updates",
     "test_teardown",

@@ -68,7 +68,11 @@ class Deployment:
 
     def teardown(self, **settings: object) -> Run:
         """Run the teardown playbook."""
-        return self._play("playbooks/teardown.yml", credentials="", **settings)
+        return self.verb("teardown", **settings)
+
+    def verb(self, name: str, **settings: object) -> Run:
+        """Run one of the operator's playbooks."""
+        return self._play(f"playbooks/{name}.yml", credentials="", **settings)
 
     def _play(self, playbook: str, *options: str, credentials: str, **settings: object) -> Run:
         variables = {
