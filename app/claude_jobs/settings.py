@@ -218,7 +218,8 @@ class BrokerSettings(ProcessSettings):
 
     `event_bytes` and `session_bytes` are the gateway's, so that what it asks for always fits.
     One of several `broker_servers` finds the others at `broker_routes`, addresses or names with
-    commas between them; a name may stand for all of them. It is known by its `node_name`.
+    commas between them; a name may stand for all of them. `broker_url` is where clients find them.
+    It is known by its `node_name`.
     """
 
     broker_gateway_password: Password
@@ -228,6 +229,7 @@ class BrokerSettings(ProcessSettings):
     broker_servers: ServerCount = 1
     broker_cluster_port: int = 6222
     broker_routes: Annotated[str, Field(pattern=r"\S")] = "nats:6222"
+    broker_url: str = "nats://nats:4222"
     node_name: str = Field(default_factory=socket.gethostname, pattern=r"^[-_.a-zA-Z0-9]+$")
     broker_data_dir: Path = Path("/data")
     broker_config_dir: Path = Path("/run/broker")

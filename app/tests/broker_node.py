@@ -34,6 +34,7 @@ class BrokerNode:
         self.join: Process | None = None
         self._servers = 1
         self._routes: Sequence[str] = ()
+        self._others = ""
         make_secret_files(secrets)
 
     @property
@@ -44,10 +45,12 @@ class BrokerNode:
     def data(self) -> Path:
         return self.directory / "data"
 
-    async def start(self, *, servers: int = 1, routes: Sequence[str] = ()) -> None:
+    async def start(
+        self, *, servers: int = 1, routes: Sequence[str] = (), others: str = ""
+    ) -> None:
         """Start what the entrypoint of the image starts."""
         self.take_ports()
-        self._servers, self._routes = servers, routes
+        self._servers, self._routes, self._others = servers, routes, others
         if servers == 1:
             self.cluster_port = 0
         self.server = await self._process("broker")
@@ -66,6 +69,7 @@ class BrokerNode:
             "BROKER_CONFIG_DIR": str(self.directory / "config"),
             "BROKER_SERVERS": str(self._servers),
             "BROKER_ROUTES": ",".join(self._routes),
+            "BROKER_URL": self._others or self.url,
             "NODE_NAME": self.name,
             **ROOM,
         }
@@ -140,15 +144,24 @@ class BrokerNodes:
         last = self.nodes[-1]
         last.take_ports()
         routes = [f"127.0.0.1:{last.cluster_port}"]
-        await node.start(servers=len(self.nodes), routes=routes)
+        others = ",".join(each.url for each in self.nodes if each.port and each is not node)
+        await node.start(servers=len(self.nodes), routes=routes, others=others)
 
     async def replace(self, node: BrokerNode, name: str) -> BrokerNode:
-        """Start a server on a new node, in the place of one that is never started again."""
+        """Start a server on a new node, in the place of one whose power is gone."""
         await node.kill()
         new = BrokerNode(name, node.directory.parent / name, node.secrets)
-        self.nodes[self.nodes.index(node)] = new
-        await self.start_one(new)
+        await self._put(new, in_place_of=node)
         return new
+
+    async def move(self, node: BrokerNode, to: BrokerNode) -> None:
+        """End a server and start the one of another node, as Swarm does."""
+        await node.stop()
+        await self._put(to, in_place_of=node)
+
+    async def _put(self, node: BrokerNode, *, in_place_of: BrokerNode) -> None:
+        self.nodes[self.nodes.index(in_place_of)] = node
+        await self.start_one(node)
 
     async def joined(self) -> None:
         """Wait until every server has joined."""

@@ -12,11 +12,12 @@ import httpx
 import pytest
 import pytest_asyncio
 from broker_contents import BOUNDS, contents, fill
-from broker_node import BrokerNodes, broker_nodes
+from broker_node import BrokerNode, BrokerNodes, broker_nodes
 from bus_ends import line
 from nats.js.errors import APIError, NoStreamResponseError
 from pool_client import EventStream, RunningPool, directory_for_everybody, pool_in
 
+from claude_jobs.broker.succession import Member, is_settled
 from claude_jobs.broker.users import GATEWAY_USER
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.events import EventLog
@@ -239,6 +240,50 @@ async def test_of_two_old_stores_the_newer_is_brought_and_a_used_stream_is_not_r
     for node in nodes.nodes[:2]:
         (kept,) = node.data.glob("left-out-of-cluster-*")
         assert (kept / "$G" / "streams" / EVENTS_STREAM).is_dir()
+
+
+def test_a_new_server_is_not_taken_for_settled_while_only_those_of_before_are_counted() -> None:
+    before = [Member(f"nats-{name}", name, present=True) for name in ("a", "b", "c")]
+    assert is_settled(before, "nats-c", 3)
+    assert not is_settled(before, "nats-new", 3)
+    assert not is_settled([*before, Member("nats-new", "new", present=True)], "nats-new", 3)
+
+
+async def test_a_server_that_moves_to_another_node_and_back_has_everything_again(
+    nodes: BrokerNodes,
+) -> None:
+    """What it left on the first node is of no use: the others have gone on without it."""
+    await nodes.start()
+    await nodes.joined()
+    async with nodes.connected() as gateway:
+        await ensure_topology(gateway, THREE)
+        await gateway.jetstream.publish("events.first", b"first")
+    here = nodes.nodes[1]
+    there = BrokerNode("other-node", here.directory.parent / "other-node", here.secrets)
+    for old, new in ((here, there), (there, here)):
+        await nodes.move(old, new)
+        await nodes.joined()
+        names = {f"nats-{node.name}" for node in nodes.nodes}
+        if new is here:
+            names = names - {f"nats-{here.name}"} | {f"nats-{here.name}_2"}
+        async with nodes.connected() as gateway, asyncio.timeout(60):
+            for info in await gateway.jetstream.streams_info():
+                while await places(gateway, str(info.config.name)) != names:
+                    await asyncio.sleep(0.5)
+            await gateway.jetstream.publish(f"events.{new.name}", b"more")
+    assert (here.data / "replaced-by-another").is_dir()
+    async with nodes.connected() as gateway:
+        subjects = [subject for _, subject, _ in (await contents(gateway))[EVENTS_STREAM]]
+    assert subjects == [f"events.{word}" for word in ("first", "other-node", here.name)]
+    # Two of three are a majority: what came back counts.
+    await there.kill()
+    await nodes.first.kill()
+    async with here.connected(GATEWAY_USER) as bus, asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(APIError, TimeoutError, NoStreamResponseError):
+                await bus.jetstream.publish("events.after", b"after")
+                break
+            await asyncio.sleep(0.2)
 
 
 async def test_a_server_on_a_new_node_takes_the_place_of_one_that_is_gone_for_good(

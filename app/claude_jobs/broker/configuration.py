@@ -62,8 +62,31 @@ def jetstream(settings: BrokerSettings, version: tuple[int, int], store: Path) -
 
 
 def server_name(settings: BrokerSettings) -> str:
-    """Return the server's name: among several, the same for each start on the same node."""
-    return "nats" if settings.broker_servers == 1 else f"nats-{settings.node_name}"
+    """Return the server's name: among several, the same for each start on the same node.
+
+    Once another has taken its place it is a new one: a name that was taken off the broker is not
+    taken in again for minutes.
+    """
+    if settings.broker_servers == 1:
+        return "nats"
+    times = times_replaced(settings)
+    return f"nats-{settings.node_name}" + (f"_{times + 1}" if times else "")
+
+
+def times_replaced(settings: BrokerSettings) -> int:
+    """Return how often another server has taken the place of this node's."""
+    file = _times_replaced(settings)
+    return int(file.read_text()) if file.exists() else 0
+
+
+def count_replaced(settings: BrokerSettings) -> None:
+    """Make this node's server a new one."""
+    times = times_replaced(settings) + 1
+    _times_replaced(settings).write_text(str(times))
+
+
+def _times_replaced(settings: BrokerSettings) -> Path:
+    return settings.broker_data_dir / "times-replaced"
 
 
 def store_directory(settings: BrokerSettings) -> Path:

@@ -73,7 +73,6 @@ async def join(settings: BrokerSettings) -> None:
 
 
 async def _join(settings: BrokerSettings) -> None:
-    name = server_name(settings)
     _remove(settings.broker_data_dir / _MOVED)
     async with connect(
         f"nats://127.0.0.1:{settings.broker_port}",
@@ -81,6 +80,8 @@ async def _join(settings: BrokerSettings) -> None:
         password=broker_password(settings),
         name="broker-join",
     ) as cluster:
+        # Known once the server runs.
+        name = server_name(settings)
         servers = await BrokerServers.open(cluster, copies=settings.broker_servers)
         brought = await servers.has_brought(name)
         if brought is None:

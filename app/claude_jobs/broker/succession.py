@@ -1,12 +1,17 @@
-"""Takes servers off the broker whose place another one has taken.
+"""Takes servers off the broker whose place another one has taken, and keeps them off.
 
 A server's name is its node's. Where a node has made way for another, the new one's server comes
 in addition, empty, and every stream still counts on a copy that nobody will bring back. Swarm
 never runs more servers than the broker is to have; so once as many as that are there, one that
 is not there is one of before. Without it, the streams get their copies on the new server.
+
+One that comes back to its node after that still has its data, and with it the belief that it is
+one of those that hold each stream; the others would wait for each other's votes for ever. So a
+server with data asks them first whether they count on it.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from dataclasses import dataclass
@@ -15,6 +20,7 @@ from typing import Any
 import nats.errors
 from nats.js.errors import APIError
 
+from claude_jobs.broker.configuration import server_name
 from claude_jobs.broker.users import SYSTEM_USER, system_password
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.snapshot import ask
@@ -26,6 +32,8 @@ _POLL = 1.0
 # Seconds for which the others must be there, so that one that has only just gone is not taken
 # for one that was replaced.
 _SETTLE = 5.0
+# Seconds for which a server that starts waits for word of the others.
+_ASKING = 8.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,30 @@ class Member:
     present: bool
 
 
+async def was_replaced(settings: BrokerSettings) -> bool:
+    """Ask the others, before this server starts, whether they do without it now.
+
+    False where nobody answers that knows: all of them may be starting.
+    """
+    try:
+        async with (
+            asyncio.timeout(_ASKING),
+            connect(
+                settings.broker_url,
+                user=SYSTEM_USER,
+                password=system_password(settings),
+                name="broker-start",
+            ) as bus,
+        ):
+            while True:
+                with contextlib.suppress(nats.errors.Error, APIError, TimeoutError):
+                    names = {member.name for member in await _members(bus)}
+                    return server_name(settings) not in names
+                await asyncio.sleep(_POLL)
+    except TimeoutError:
+        return False
+
+
 async def succeed(settings: BrokerSettings) -> None:
     """Wait until the broker counts on no more servers than it is to have; sees to that."""
     async with connect(
@@ -45,12 +77,13 @@ async def succeed(settings: BrokerSettings) -> None:
         password=system_password(settings),
         name="broker-succession",
     ) as bus:
+        own = server_name(settings)
         since: float | None = None
         clock = asyncio.get_running_loop().time
         while True:
             try:
                 members = await _members(bus)
-                if len(members) == settings.broker_servers:
+                if is_settled(members, own, settings.broker_servers):
                     return
                 gone = [member for member in members if not member.present]
                 there = len(members) - len(gone)
@@ -62,6 +95,15 @@ async def succeed(settings: BrokerSettings) -> None:
                 log.warning("no word of the servers", extra={"cause": str(error) or repr(error)})
                 since = None
             await asyncio.sleep(_POLL)
+
+
+def is_settled(members: list[Member], own: str, servers: int) -> bool:
+    """Say whether the broker counts on the server `own`, and on no more than it is to have.
+
+    As many as it is to have may still be those of before: a server that has just come is not
+    among them at once.
+    """
+    return len(members) == servers and own in {member.name for member in members}
 
 
 async def _remove(bus: Bus, gone: list[Member]) -> None:
