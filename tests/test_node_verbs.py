@@ -55,8 +55,8 @@ def test_a_node_is_known_by_its_own_id_before_its_name() -> None:
 def test_a_machine_that_is_off_is_known_by_its_name_or_its_address() -> None:
     nodes = [node("a", state="down"), node("host-7", state="down", address="10.0.0.7")]
     assert verbs.swarm_node(nodes, "a") is nodes[0]
-    assert verbs.swarm_node(nodes, "b", address="10.0.0.7") is nodes[1]
-    assert verbs.swarm_node(nodes, "c", address="10.0.0.8") == {}
+    assert verbs.swarm_node(nodes, "b", addresses=["10.0.0.7"]) is nodes[1]
+    assert verbs.swarm_node(nodes, "c", addresses=["10.0.0.8"]) == {}
 
 
 def test_of_two_with_one_name_the_one_that_lives_is_meant() -> None:

@@ -1,15 +1,20 @@
 """What the roles' own Python promises: the wait for a stack, the port's holders, secrets."""
 
+import base64
 import importlib.util
 import json
 import math
 import re
+import secrets
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from nacl.secret import SecretBox
 
 from claude_jobs.api_tokens import parse_api_tokens
 
@@ -30,6 +35,7 @@ convergence = load("app_stack/library/stack_convergence.py")
 engine_lists = load("app_stack/filter_plugins/engine_lists.py")
 credentials = load("docker_secrets/filter_plugins/claude_credentials.py")
 tokens = load("docker_secrets/filter_plugins/api_tokens.py")
+manager_key = load("swarm_manager/filter_plugins/manager_key.py")
 
 NEW, OLD = {"ContainerSpec": {"Image": "pool:2"}}, {"ContainerSpec": {"Image": "pool:1"}}
 STACK = "com.docker.stack.namespace"
@@ -366,3 +372,56 @@ def test_a_name_that_yaml_takes_for_something_else_is_refused(value: Json) -> No
 @pytest.mark.parametrize("value", ["{}", {}])
 def test_no_tokens_at_all_are_refused(value: object) -> None:
     assert tokens.api_tokens(value)["problem"].startswith("is empty; give {")
+
+
+def locked_key(unlock_key: bytes, raft_key: bytes) -> str:
+    """Write a key as SwarmKit does for a manager that is locked at rest."""
+    pem = (
+        ec.generate_private_key(ec.SECP256R1())
+        .private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(unlock_key),
+        )
+        .decode()
+    )
+    sealed = SecretBox(unlock_key).encrypt(raft_key)
+    record = b"\x08\x01\x12\x30" + sealed.ciphertext + b"\x1a\x18" + sealed.nonce
+    begin, rest = pem.split("\n", 1)
+    dek = base64.b64encode(record).decode()
+    return f"{begin}\nkek-version: 75\nraft-dek: {dek}\n\n{rest}"
+
+
+def readable(unlock_key: bytes) -> str:
+    return "SWMKEY-1-" + base64.b64encode(unlock_key).decode().rstrip("=")
+
+
+def test_the_key_of_a_locked_manager_is_opened_for_a_new_cluster() -> None:
+    unlock_key, raft_key = secrets.token_bytes(32), secrets.token_bytes(32)
+    locked = locked_key(unlock_key, raft_key)
+    assert manager_key.swarm_key_problem(locked, readable(unlock_key)) == ""
+    opened = manager_key.swarm_key_opened(locked, readable(unlock_key) + "\n")
+    begin, version, dek, empty, *body = opened.splitlines()
+    assert (begin, version, empty) == ("-----BEGIN PRIVATE KEY-----", "kek-version: 0", "")
+    assert base64.b64decode(dek.removeprefix("raft-dek: ")) == b"\x12\x20" + raft_key
+    serialization.load_pem_private_key("\n".join([begin, *body, ""]).encode(), None)
+    assert manager_key.swarm_key_opened(opened, "") == opened
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "no unlock key was given"),
+        ("SWMKEY-1-tooshort", "no unlock key was given"),
+        (readable(bytes(32)), "does not open"),
+    ],
+)
+def test_an_unlock_key_that_opens_nothing_is_named_and_not_quoted(given: str, said: str) -> None:
+    problem = manager_key.swarm_key_problem(locked_key(b"k" * 32, b"r" * 32), given)
+    assert said in problem
+    assert not given or given not in problem
+
+
+def test_a_manager_key_of_another_form_is_refused() -> None:
+    older = "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n"
+    assert "not known" in manager_key.swarm_key_problem(older, readable(bytes(32)))

@@ -10,17 +10,17 @@ Json = Mapping[str, Any]
 AGENTS, GATEWAY, BROKER = ("claude-code.agents", "claude-code.gateway", "claude-code.broker")
 
 
-def swarm_node(nodes: Iterable[Json], name: str, node_id: str = "", address: str = "") -> Json:
+def swarm_node(nodes: Iterable[Json], name: str, node_id: str = "", addresses: Sequence[str] = ()) -> Json:
     """Return the node of the swarm that is the machine ``name`` of the inventory; nothing where it is none.
 
-    ``node_id`` is what the machine says itself; where it cannot be asked, its host name or its address tells. Two
+    ``node_id`` is what the machine says itself; where it cannot be asked, its host name or an address tells. Two
     machines may have had one name: one that lives goes first.
     """
     every = sorted(nodes, key=lambda node: node["Status"].get("State") != "ready")
     if node_id:
         return next((node for node in every if node["ID"] == node_id), {})
     by_name = [node for node in every if hostname(node) == name]
-    by_address = [node for node in every if address and node["Status"].get("Addr") == address]
+    by_address = [node for node in every if node["Status"].get("Addr") in addresses]
     return next(iter(by_name + by_address), {})
 
 
@@ -40,8 +40,11 @@ def works(node: Json) -> bool:
 
 
 def is_manager(node: Json) -> bool:
-    """Say whether a node is a manager, alive or not."""
-    return bool(node["Spec"].get("Role") == "manager")
+    """Say whether a node counts for the quorum, alive or not.
+
+    Its role in the spec does not say that: what was a manager before a new cluster was forced is none for the others.
+    """
+    return "ManagerStatus" in node
 
 
 def drain_problems(node: Json, nodes: Sequence[Json]) -> list[str]:
@@ -83,19 +86,18 @@ def demotion_problems(node: Json, nodes: Sequence[Json], heir: str = "") -> list
 
     ``heir`` is the node that takes its copy of the broker's data.
     """
-    if not is_manager(node):
-        return []
-    others = [one for one in nodes if is_manager(one) and one["ID"] != node["ID"]]
-    reachable = [one for one in others if (one.get("ManagerStatus") or {}).get("Reachability") == "reachable"]
-    if not others:
-        return ["it is the only manager of the swarm"]
     problems = []
-    needed = len(others) // 2 + 1
-    if len(reachable) < needed:
-        problems.append(
-            f"of the other {len(others)} managers {needed} must be reachable and {len(reachable)} are, "
-            "so the swarm would lose its quorum"
-        )
+    if is_manager(node):
+        others = [one for one in nodes if is_manager(one) and one["ID"] != node["ID"]]
+        if not others:
+            return ["it is the only manager of the swarm"]
+        reachable = [one for one in others if one["ManagerStatus"].get("Reachability") == "reachable"]
+        needed = len(others) // 2 + 1
+        if len(reachable) < needed:
+            problems.append(
+                f"of the other {len(others)} managers {needed} must be reachable and {len(reachable)} are, "
+                "so the swarm would lose its quorum"
+            )
     if has(node, BROKER) and not heir:
         copies = sum(has(one, BROKER) for one in nodes)
         problems.append(
