@@ -17,6 +17,8 @@ from claude_jobs.client import Job
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
+NODE_KEY = "/var/lib/docker/swarm/certificates/swarm-node.key"
+
 
 @asynccontextmanager
 async def jobs_at_work(
@@ -94,6 +96,7 @@ def test_what_the_pool_cannot_do_without_is_refused(whole: Cluster) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.managers
 def test_a_manager_and_a_worker_change_places_under_jobs(
     whole: Cluster, directory: str, run: Run, tmp_path: Path
@@ -268,13 +271,16 @@ def offer_engine(cluster: Cluster, name: str, suffix: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1500)
 @pytest.mark.machines
 @pytest.mark.managers
 def test_a_lost_quorum_is_made_anew_by_name(
-    whole: Cluster, machines: Machines, directory: str, run: Run
+    whole: Cluster, machines: Machines, directory: str, run: Run, tmp_path: Path
 ) -> None:
     """By a job that runs on meanwhile; the managers of before join again, with their data."""
     first, *lost = whole.managers
+    key = tmp_path / "unlock-key"
+    key.write_text(whole.docker("swarm", "unlock-key", "--quiet"))
 
     async def at_work() -> Job:
         async with whole.client(first) as client:
@@ -296,8 +302,10 @@ def test_a_lost_quorum_is_made_anew_by_name(
         shown = said(whole, "repair")
         assert "The swarm has no quorum" in shown
         assert f"these were reached: {first}." in shown
-        said(whole, "repair", force_new_cluster=first)
+        assert "no unlock key was given" in said(whole, "repair", force_new_cluster=first)
+        said(whole, "repair", force_new_cluster=first, unlock_key_file=str(key))
         assert whole.states()[first] == "Ready"
+        assert "ENCRYPTED" in whole.host(first).file(NODE_KEY).content_string, "locked as before"
         gone = lost[0]
         assert "gone for good" in refused(whole, "remove_node", node=gone)
         done(whole, "remove_node", node=gone, swarm_node_force=True)

@@ -72,6 +72,13 @@ def test_changed_credentials_are_a_new_version_of_the_secret_and_end_the_demo(
     assert services["claude-api"]["UpdateStatus"]["State"] == "completed"
     pool.wait_idle()
     assert pool.status()["demo"] is False
+    # Who runs it later without them makes no demo of it.
+    kept = stack.secrets()
+    run = deployment.deploy(app_stack_anthropic_base_url="http://127.0.0.1:9")
+    assert run.code == 0, run.output
+    assert "the pool keeps those that it has" in run.text
+    assert stack.secrets() == kept
+    assert pool.status()["demo"] is False
 
 
 def _current(deployment: Deployment) -> list[dict[str, Any]]:
