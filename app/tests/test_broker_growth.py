@@ -242,6 +242,14 @@ async def test_of_two_old_stores_the_newer_is_brought_and_a_used_stream_is_not_r
         assert (kept / "$G" / "streams" / EVENTS_STREAM).is_dir()
 
 
+async def with_streams(nodes: BrokerNodes) -> None:
+    """Start three servers, with the pool's streams on each of them."""
+    await nodes.start()
+    await nodes.joined()
+    async with nodes.connected() as gateway:
+        await ensure_topology(gateway, THREE)
+
+
 def test_a_new_server_is_not_taken_for_settled_while_only_those_of_before_are_counted() -> None:
     before = [Member(f"nats-{name}", name, present=True) for name in ("a", "b", "c")]
     assert is_settled(before, "nats-c", 3)
@@ -253,10 +261,8 @@ async def test_a_server_that_moves_to_another_node_and_back_has_everything_again
     nodes: BrokerNodes,
 ) -> None:
     """What it left on the first node is of no use: the others have gone on without it."""
-    await nodes.start()
-    await nodes.joined()
+    await with_streams(nodes)
     async with nodes.connected() as gateway:
-        await ensure_topology(gateway, THREE)
         await gateway.jetstream.publish("events.first", b"first")
     here = nodes.nodes[1]
     there = BrokerNode("other-node", here.directory.parent / "other-node", here.secrets)
@@ -289,10 +295,8 @@ async def test_a_server_that_moves_to_another_node_and_back_has_everything_again
 async def test_a_server_on_a_new_node_takes_the_place_of_one_that_is_gone_for_good(
     nodes: BrokerNodes,
 ) -> None:
-    await nodes.start()
-    await nodes.joined()
+    await with_streams(nodes)
     async with nodes.connected() as gateway:
-        await ensure_topology(gateway, THREE)
         for number in range(20):
             await gateway.jetstream.publish(f"events.job-{number}", b"x" * 2**16)
         before = await contents(gateway)
