@@ -17,7 +17,6 @@ from bus_ends import line
 from nats.js.errors import APIError, NoStreamResponseError
 from pool_client import EventStream, RunningPool, directory_for_everybody, pool_in
 
-from claude_jobs.broker.succession import Member, is_settled
 from claude_jobs.broker.users import GATEWAY_USER
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.events import EventLog
@@ -248,13 +247,6 @@ async def with_streams(nodes: BrokerNodes) -> None:
     await nodes.joined()
     async with nodes.connected() as gateway:
         await ensure_topology(gateway, THREE)
-
-
-def test_a_new_server_is_not_taken_for_settled_while_only_those_of_before_are_counted() -> None:
-    before = [Member(f"nats-{name}", name, present=True) for name in ("a", "b", "c")]
-    assert is_settled(before, "nats-c", 3)
-    assert not is_settled(before, "nats-new", 3)
-    assert not is_settled([*before, Member("nats-new", "new", present=True)], "nats-new", 3)
 
 
 async def test_a_server_that_moves_to_another_node_and_back_has_everything_again(

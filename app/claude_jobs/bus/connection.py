@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import NoServersError
 from nats.js import JetStreamContext
 
 log = logging.getLogger(__name__)
@@ -79,11 +77,23 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
     that the broker can keep one role from listening to another's replies. Each try to reach a
     broker that is away is logged as a warning.
     """
+    opener = asyncio.current_task()
+    cancelled_before = opener.cancelling() if opener else 0
+
+    def raise_what_was_forgotten() -> None:
+        """End the task when it was cancelled and `asyncio.wait_for` forgot it (see `_Client`)."""
+        task = asyncio.current_task()
+        before = cancelled_before if task is opener else 0
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
     async def on_error(error: Exception) -> None:
         log.warning(
-            "the broker's connection reports a fault", extra={"cause": str(error) or repr(error)}
+            "the broker's connection reports a fault",
+            extra={"url": url, "cause": str(error) or repr(error)},
         )
+        # Each failed try comes by here, in the task that tries; it would go on for ever.
+        raise_what_was_forgotten()
 
     closing = False
 
@@ -96,34 +106,26 @@ async def connect(url: str, *, user: str, password: str, name: str) -> AsyncIter
     async def on_reconnect() -> None:
         log.info("the broker is in reach again")
 
-    while True:
-        try:
-            client = _Client()
-            await client.connect(
-                await _servers(url),
-                user=login(user, password),
-                password=password,
-                name=name,
-                inbox_prefix=f"_INBOX_{user}".encode(),
-                error_cb=on_error,
-                disconnected_cb=on_disconnect,
-                reconnected_cb=on_reconnect,
-                # The first connection fails fast and is tried again here, so that each failure
-                # is seen; after it, the client tries for ever by itself.
-                allow_reconnect=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=_RECONNECT_WAIT,  # type: ignore[arg-type] # nats-py
-                connect_timeout=2,
-                ping_interval=_PING_EVERY,
-                max_outstanding_pings=2,
-            )
-            break
-        except (OSError, TimeoutError, NoServersError, nats.errors.Error) as error:
-            log.warning(
-                "waiting for the broker", extra={"url": url, "cause": str(error) or repr(error)}
-            )
-            await asyncio.sleep(0.25)
+    client = _Client()
+    await client.connect(
+        await _servers(url),
+        user=login(user, password),
+        password=password,
+        name=name,
+        inbox_prefix=f"_INBOX_{user}".encode(),
+        error_cb=on_error,
+        disconnected_cb=on_disconnect,
+        reconnected_cb=on_reconnect,
+        # So it tries for ever, from the first connection on.
+        allow_reconnect=True,
+        max_reconnect_attempts=-1,
+        reconnect_time_wait=_RECONNECT_WAIT,  # type: ignore[arg-type] # nats-py
+        connect_timeout=2,
+        ping_interval=_PING_EVERY,
+        max_outstanding_pings=2,
+    )
     try:
+        raise_what_was_forgotten()
         yield Bus(client, client.jetstream(timeout=REQUEST_TIMEOUT))
     finally:
         closing = True
