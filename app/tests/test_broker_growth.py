@@ -284,6 +284,34 @@ async def test_a_server_that_moves_to_another_node_and_back_has_everything_again
             await asyncio.sleep(0.2)
 
 
+async def test_a_server_that_starts_after_the_others_keeps_what_it_has(nodes: BrokerNodes) -> None:
+    """As after a power failure: those two have not met it since they started, and know no name."""
+    await with_streams(nodes)
+    async with nodes.connected() as gateway:
+        await gateway.jetstream.publish("events.before", b"before")
+        before = await contents(gateway)
+    late = nodes.nodes[1]
+    for node in nodes.nodes:
+        await node.kill()
+    await asyncio.gather(*(nodes.start_one(node) for node in nodes.nodes if node is not late))
+    async with nodes.first.connected(GATEWAY_USER) as bus, asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(APIError, TimeoutError, NoStreamResponseError):
+                await bus.jetstream.publish("events.meanwhile", b"meanwhile")
+                break
+            await asyncio.sleep(0.2)
+    await nodes.start_one(late)
+    await nodes.joined()
+    assert not (late.data / "replaced-by-another").exists()
+    async with nodes.connected() as gateway, asyncio.timeout(60):
+        names = {f"nats-{node.name}" for node in nodes.nodes}
+        for stream in before:
+            while await places(gateway, stream) != names:
+                await asyncio.sleep(0.5)
+        after = await contents(gateway)
+    assert after[EVENTS_STREAM][:-1] == before[EVENTS_STREAM]
+
+
 async def test_a_server_on_a_new_node_takes_the_place_of_one_that_is_gone_for_good(
     nodes: BrokerNodes,
 ) -> None:

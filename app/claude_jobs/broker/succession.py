@@ -12,6 +12,7 @@ server with data asks them first whether they count on it.
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -34,15 +35,34 @@ _POLL = 1.0
 _SETTLE = 5.0
 # Seconds for which a server that starts waits for word of the others.
 _ASKING = 8.0
+# What nats-server makes of a name for the servers among themselves (server/events.go, getHash).
+_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_PEER_LENGTH = 8
 
 
 @dataclass(frozen=True)
 class Member:
-    """A server that the broker counts on. `peer` is its name among the servers themselves."""
+    """A server that the broker counts on. `peer` is its name among the servers themselves.
+
+    A server that was started anew knows only the `peer` of one that it has not met since; it has
+    a sentence for a `name` then.
+    """
 
     name: str
     peer: str
     present: bool
+
+
+def is_counted(name: str, members: list[Member]) -> bool:
+    """Say whether the server `name` is one of those that the broker counts on."""
+    peer = peer_of(name)
+    return any(name == member.name or peer == member.peer for member in members)
+
+
+def peer_of(name: str) -> str:
+    """Return what the servers call the one of this name among themselves."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return "".join(_DIGITS[byte % len(_DIGITS)] for byte in digest[:_PEER_LENGTH])
 
 
 async def was_replaced(settings: BrokerSettings) -> bool:
@@ -62,8 +82,7 @@ async def was_replaced(settings: BrokerSettings) -> bool:
         ):
             while True:
                 with contextlib.suppress(nats.errors.Error, APIError, TimeoutError):
-                    names = {member.name for member in await _members(bus)}
-                    return server_name(settings) not in names
+                    return not is_counted(server_name(settings), await _members(bus))
                 await asyncio.sleep(_POLL)
     except TimeoutError:
         return False
@@ -103,7 +122,7 @@ def is_settled(members: list[Member], own: str, servers: int) -> bool:
     As many as it is to have may still be those of before: a server that has just come is not
     among them at once.
     """
-    return len(members) == servers and own in {member.name for member in members}
+    return len(members) == servers and is_counted(own, members)
 
 
 async def _remove(bus: Bus, gone: list[Member]) -> None:
