@@ -120,6 +120,26 @@ def test_a_copy_of_the_brokers_data_moves_to_a_manager_that_has_none() -> None:
     assert verbs.demotion_problems(nodes[3], nodes) == []
 
 
+def test_a_copy_does_not_move_while_it_would_cost_the_brokers_majority() -> None:
+    nodes = [*managers("a", "b", "c"), node("d", manager=True)]
+    nodes[2]["Status"]["State"] = "down"
+    (problem,) = verbs.demotion_problems(nodes[1], nodes, "id-d")
+    assert "3 servers 2 must go on while its copy moves, and of the others 1 can" in problem
+    # The one that is down can make way: the other two go on.
+    assert verbs.demotion_problems(nodes[2], nodes, "id-d") == []
+
+
+def test_what_may_have_had_a_copy_goes_only_when_the_others_are_whole() -> None:
+    nodes = [*managers("a", "b", "c"), node("d", manager=True), node("w")]
+    assert verbs.awaits_broker(nodes[3], nodes)
+    # A copy that it has yet is moved, and waited for; a worker never had one.
+    assert not verbs.awaits_broker(nodes[0], nodes)
+    assert not verbs.awaits_broker(nodes[4], nodes)
+    # The only copy moves nowhere.
+    alone = [*managers("a"), node("b", manager=True)]
+    assert not verbs.awaits_broker(alone[1], alone)
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -47,6 +47,10 @@ def is_manager(node: Json) -> bool:
     return "ManagerStatus" in node
 
 
+def _majority(of: int) -> int:
+    return of // 2 + 1
+
+
 def drain_problems(node: Json, nodes: Sequence[Json]) -> list[str]:
     """Return what the pool would lose while no task may run on a node: for each a part of a sentence."""
     others = [one for one in nodes if one["ID"] != node["ID"] and works(one)]
@@ -57,7 +61,7 @@ def drain_problems(node: Json, nodes: Sequence[Json]) -> list[str]:
         problems.append("it is the last node with a gateway: the API would not answer")
     if has(node, BROKER):
         servers = sum(has(one, BROKER) for one in nodes)
-        if sum(has(one, BROKER) for one in others) < servers // 2 + 1:
+        if sum(has(one, BROKER) for one in others) < _majority(servers):
             problems.append(
                 "the broker would lose most of its servers: nothing could be accepted"
                 if servers > 1
@@ -92,14 +96,22 @@ def demotion_problems(node: Json, nodes: Sequence[Json], heir: str = "") -> list
         if not others:
             return ["it is the only manager of the swarm"]
         reachable = [one for one in others if one["ManagerStatus"].get("Reachability") == "reachable"]
-        needed = len(others) // 2 + 1
+        needed = _majority(len(others))
         if len(reachable) < needed:
             problems.append(
                 f"of the other {len(others)} managers {needed} must be reachable and {len(reachable)} are, "
                 "so the swarm would lose its quorum"
             )
-    if has(node, BROKER) and not heir:
-        copies = sum(has(one, BROKER) for one in nodes)
+    copies = sum(has(one, BROKER) for one in nodes)
+    if has(node, BROKER) and heir:
+        # The one that takes its copy comes in addition: until it is counted, those of before decide.
+        working = sum(has(one, BROKER) and works(one) for one in nodes if one["ID"] != node["ID"])
+        if working < _majority(copies):
+            problems.append(
+                f"of the broker's {copies} servers {_majority(copies)} must go on while its copy moves, and of the "
+                f"others {working} can: bring them back first"
+            )
+    elif has(node, BROKER):
         problems.append(
             f"it has a copy of what the broker keeps, of {copies}, and there is no manager without one to take it: "
             "add a manager first (playbooks/promote.yml)"
@@ -107,6 +119,14 @@ def demotion_problems(node: Json, nodes: Sequence[Json], heir: str = "") -> list
             else "it has all that the broker keeps: with three managers there are three copies, and one of them can go"
         )
     return problems
+
+
+def awaits_broker(node: Json, nodes: Sequence[Json]) -> bool:
+    """Say whether a manager without a copy goes only when all others are whole.
+
+    It may be that its copy was to move and the verb was broken off before the new one was whole.
+    """
+    return is_manager(node) and not has(node, BROKER) and sum(has(one, BROKER) for one in nodes) > 1
 
 
 def removal_problems(node: Json, nodes: Sequence[Json], heir: str, has_workspace: bool) -> list[str]:
@@ -127,6 +147,7 @@ class FilterModule:
         return {
             "swarm_node": swarm_node,
             "broker_heir": broker_heir,
+            "awaits_broker": awaits_broker,
             "drain_problems": drain_problems,
             "demotion_problems": demotion_problems,
             "removal_problems": removal_problems,
