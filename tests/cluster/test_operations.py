@@ -281,6 +281,8 @@ def test_a_lost_quorum_is_made_anew_by_name(
     first, *lost = whole.managers
     key = tmp_path / "unlock-key"
     key.write_text(whole.docker("swarm", "unlock-key", "--quiet"))
+    # After that the engine changes it once more with a new cluster.
+    whole.docker("swarm", "ca", "--rotate", "--quiet")
 
     async def at_work() -> Job:
         async with whole.client(first) as client:
