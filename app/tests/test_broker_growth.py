@@ -294,7 +294,7 @@ async def test_a_server_that_starts_after_the_others_keeps_what_it_has(nodes: Br
     for node in nodes.nodes:
         await node.kill()
     await asyncio.gather(*(nodes.start_one(node) for node in nodes.nodes if node is not late))
-    async with nodes.first.connected(GATEWAY_USER) as bus, asyncio.timeout(30):
+    async with nodes.first.connected(GATEWAY_USER) as bus, asyncio.timeout(90):
         while True:
             with contextlib.suppress(APIError, TimeoutError, NoStreamResponseError):
                 await bus.jetstream.publish("events.meanwhile", b"meanwhile")
