@@ -310,6 +310,8 @@ async def test_a_server_that_starts_after_the_others_keeps_what_it_has(nodes: Br
     assert after[EVENTS_STREAM][:-1] == before[EVENTS_STREAM]
 
 
+# A server that was killed counts as there for two and a half minutes.
+@pytest.mark.timeout(400)
 async def test_a_server_on_a_new_node_takes_the_place_of_one_that_is_gone_for_good(
     nodes: BrokerNodes,
 ) -> None:
