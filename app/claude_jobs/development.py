@@ -30,17 +30,20 @@ _AGENT = AgentUser(uid=10001, gid=10002)
 _RESTART_DELAY = 0.05
 # Who was given a port may only be about to use it.
 _given_ports: set[int] = set()
+# Below those that Linux gives to whoever asks for any, connections to others among them.
+_PORTS = range(10_000, 32_768)
 
 
 def free_port() -> int:
     """Return a TCP port of the loopback address that nobody uses, and that it never returned."""
     while True:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port
+            port = secrets.choice(_PORTS)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                if port not in _given_ports:
+                    _given_ports.add(port)
+                    return port
 
 
 def _gateway_name(number: int) -> str:

@@ -72,6 +72,7 @@ def test_what_nobody_found_is_found_through_every_node_once_a_job_has_made_it(
     assert run(ask()) == [["made"]] * len(whole.nodes)
 
 
+@pytest.mark.spread
 def test_thirty_jobs_of_ten_clients_run_once_each(whole: Cluster, directory: str, run: Run) -> None:
     """Each job makes a file of its own name and of chance: two runs would make two."""
     jobs = [f"job-{number:02}" for number in range(30)]

@@ -75,7 +75,7 @@ def test_jobs_from_before_the_growth_ended_once(
     assert all(each.count("completed") == 1 for each in types)
 
 
-@pytest.mark.parametrize("leads", ["swarm", "broker"])
+@pytest.mark.parametrize("leads", [pytest.param("swarm", marks=pytest.mark.long), "broker"])
 def test_the_api_answers_soon_after_a_leader_loses_power(
     whole: Cluster, machines: Machines, directory: str, run: Run, leads: str
 ) -> None:

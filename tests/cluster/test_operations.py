@@ -72,6 +72,7 @@ def test_a_number_of_replicas_that_cannot_be_is_refused(whole: Cluster, wanted: 
     assert "Nothing was changed: " in refused(whole, "scale", replicas=wanted)
 
 
+@pytest.mark.long
 @pytest.mark.spread
 def test_a_node_is_drained_once_its_jobs_have_ended_and_activated_again(
     whole: Cluster, directory: str, run: Run
@@ -126,6 +127,7 @@ def test_a_manager_and_a_worker_change_places_under_jobs(
     assert "All is well." in done(whole, "status")
 
 
+@pytest.mark.long
 @pytest.mark.machines
 @pytest.mark.spread
 def test_a_machine_that_is_off_is_shown_with_what_to_do(whole: Cluster, machines: Machines) -> None:

@@ -1,7 +1,10 @@
 """Virtual machines for the cluster tests; they need no root, no bridge and no KVM.
 
+    python3 tools/machines prepare
     python3 tools/machines start --state DIR < machines.json
     python3 tools/machines destroy --state DIR
+
+`prepare` makes what they start from, which `start` does, too, where it is missing.
 
 `start` reads a JSON object: {"NAME": {"release": "trixie", "address": "192.168.77.11"}, ...};
 memory_mb and cpus may be given, too, and share: a directory of this host whose files the machine
@@ -18,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import image
-from cluster import Cluster, requests
+from cluster import Cluster, prepare, requests
 from errors import MachineError
 from machine import Machine
 
@@ -28,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="machines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("prepare", help="make the images of all releases, and a kernel if need be")
     make = commands.add_parser("image", help="make the image of a release and print where it is")
     make.add_argument("release", choices=sorted(image.RECIPES))
     state = argparse.ArgumentParser(add_help=False)
@@ -65,6 +69,9 @@ def _each(machines: list[Machine], command: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> str:
+    if arguments.command == "prepare":
+        prepare()
+        return ""
     if arguments.command == "image":
         return str(image.ready(arguments.release).directory)
     cluster = Cluster(arguments.state)

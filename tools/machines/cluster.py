@@ -151,6 +151,12 @@ class Cluster:
         return ports
 
 
+def prepare() -> None:
+    """Make all that machines start from: it takes minutes the first time, and is kept."""
+    images = [image.ready(release) for release in sorted(image.RECIPES)]
+    _hypervisor(images[0].kernel)
+
+
 def _hypervisor(kernel: Path) -> str:
     """Return what runs machines best here; prepares it."""
     chosen = os.environ.get(CHOICE) or ("kvm" if accelerator.has_kvm(kernel) else "user-mode")
