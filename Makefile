@@ -29,7 +29,7 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	shellcheck --external-sources $(SHELL_SCRIPTS)
 	@if command -v hadolint >/dev/null; then echo hadolint Dockerfile; hadolint Dockerfile; fi
 
-test-quick: lint ## Everything that needs no Docker: lint, units, real processes (12 minutes)
+test-quick: lint ## Everything that needs no Docker: lint, units, real processes (15 minutes)
 	cd app && python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
 		tests/test_cluster_preflight.py tests/test_node_verbs.py tests/test_pool_report.py
@@ -37,14 +37,14 @@ test-quick: lint ## Everything that needs no Docker: lint, units, real processes
 test-e2e: environment ## A deployment on this machine, under its own name and port
 	python -m pytest tests/e2e
 
-test: test-quick test-e2e ## Everything (20 minutes on two cores)
+test: test-quick test-e2e ## Everything (25 minutes on two cores)
 
-test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (40 minutes)
+test-cluster: environment ## Virtual machines: one manager and two workers, then three managers (45 minutes)
 	tools/cluster-environment
 	molecule test
 	molecule test --scenario-name ha
 
-test-operations: environment ## The operator's verbs under jobs on the same machines (70 minutes)
+test-operations: environment ## The operator's verbs under jobs on the same machines (80 minutes)
 	tools/cluster-environment
 	for scenario in default ha; do \
 		for step in destroy create prepare converge verify destroy; do \
