@@ -29,6 +29,7 @@ lint: environment ## Check style, types and playbooks; changes nothing
 	shellcheck --external-sources $(SHELL_SCRIPTS)
 	@if command -v hadolint >/dev/null; then echo hadolint Dockerfile; hadolint Dockerfile; fi
 
+# The files keep their order: those that end every process below them (an agent's tests) come before there is a pool.
 test-quick: lint ## Everything that needs no Docker: lint, units, real processes (15 minutes)
 	cd app && python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
