@@ -201,11 +201,8 @@ async def test_a_replica_that_lost_the_broker_for_long_holds_its_agent_and_goes_
         (losing.workspace / "cut" / "go").touch()
         ending = await stream.ending()
     assert ending.type == "completed"
-    # On a busy machine the lease may run out once more, right after.
-    kinds = list(dict.fromkeys(outline(stream)))
-    assert kinds == ["queued", "connected", "recovering", "completed"]
+    assert outline(stream) == ["queued", "connected", "recovering", "completed"]
     assert recovering.data["attempt"] == 1
-    assert len(attempts(stream)) == 1
     assert (losing.workspace / "cut" / "second").exists()
     assert await supervisor.wait() == 0
     await losing.idle(3)

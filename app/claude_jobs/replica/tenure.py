@@ -72,7 +72,9 @@ class Tenure:
             self._confirmed = asked
             self.watchdog.allow(self._safe, since=asked)
             self._holds.set()
-            await asyncio.sleep(self.lease_seconds / _RENEWALS_PER_LEASE)
+            # From when it was asked for, like the agent's time: a late answer left little of that.
+            next_at = asked + self.lease_seconds / _RENEWALS_PER_LEASE
+            await asyncio.sleep(max(0.0, next_at - Watchdog.clock()))
 
     @property
     def _safe(self) -> float:
