@@ -1,14 +1,15 @@
 """Fixtures that several kinds of tests share."""
 
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from broker_node import BrokerNodes, broker_nodes
 from bus_ends import SHORT_LEASE, Ends
 from nats_server import NatsServer
-from pool_client import RunningPool, running_pool
+from pool_client import RunningPool, directory_for_everybody, running_pool
 
 from claude_jobs.bus.topology import Bounds
 
@@ -49,3 +50,17 @@ async def short_lease(nats_server: NatsServer) -> AsyncIterator[Ends]:
     """Both ends of an empty bus whose leases end early."""
     async with nats_server.both_ends(Bounds(lease=SHORT_LEASE)) as (gateway, replica):
         yield Ends(gateway, replica)
+
+
+@pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory for the parts of a pool that a test starts one by one."""
+    with directory_for_everybody() as made:
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def nodes(public_directory: Path) -> AsyncIterator[BrokerNodes]:
+    """Three nodes for servers of the broker, none of which is started yet."""
+    async with broker_nodes(public_directory) as made:
+        yield made

@@ -4,26 +4,16 @@ import asyncio
 import io
 import sys
 import tarfile
-from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 from broker_contents import contents, fill
-from broker_node import BrokerNode, BrokerNodes, broker_nodes
-from pool_client import directory_for_everybody
+from broker_node import BrokerNode, BrokerNodes
 
 from claude_jobs.broker.users import GATEWAY_USER, REPLICA_USER
 from claude_jobs.bus.queue import JobQueue
 from claude_jobs.bus.topology import JOBS_CONSUMER, JOBS_STREAM
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def nodes() -> AsyncIterator[BrokerNodes]:
-    with directory_for_everybody() as directory:
-        async with broker_nodes(directory) as made:
-            yield made
 
 
 async def operate(node: BrokerNode, command: str, given: bytes = b"") -> tuple[int, bytes, str]:

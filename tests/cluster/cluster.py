@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -184,16 +185,41 @@ class Cluster:
             except ClientError:
                 return 0
 
+    def _all_there(self) -> bool:
+        """Tell whether every manager answers and every service has its tasks, as a manager sees it.
+
+        What came back a moment ago has a replica sooner than a gateway or a broker's server.
+        """
+        managers = {node["ManagerStatus"] for node in self.lines("node", "ls")}
+        counts = [
+            service["Replicas"].split()[0].split("/") for service in self.lines("service", "ls")
+        ]
+        return "Unreachable" not in managers and all(there == wanted for there, wanted in counts)
+
+    def _broker_whole(self) -> bool:
+        """Tell whether each of the broker's servers has all that is in the streams."""
+        node = next(iter(self.tasks("gateway")))
+        mine = f"name={STACK}_gateway"
+        container = self.docker("ps", "--quiet", "--filter", mine, on=node).split()
+        report = ("python3", "-m", "claude_jobs", "report")
+        shown = self.host(node).run(f"docker exec {shlex.join([*container[:1], *report])}")
+        if shown.rc:
+            return False
+        streams = json.loads(shown.stdout)["streams"]
+        return all(stream["leader"] and not stream["behind"] for stream in streams)
+
     def wait_whole(self, *, seconds: float = 300) -> None:
-        """Wait until every node is ready and as many replicas as wanted are idle."""
+        """Wait until nodes, managers, tasks and streams are all there, and the replicas idle."""
         wait_until(
             lambda: all(state == "Ready" for state in self.states().values()),
             "all nodes are ready",
             seconds=seconds,
         )
+        wait_until(self._all_there, "all managers and all tasks are there", seconds=seconds)
         wanted = self.replicas
         wait_until(
             lambda: asyncio.run(self.idle(self.managers[0])) == wanted,
             f"{wanted} idle replicas",
             seconds=seconds,
         )
+        wait_until(self._broker_whole, "the broker's servers have all streams", seconds=seconds)
