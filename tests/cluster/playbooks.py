@@ -62,9 +62,9 @@ def changes(shown: str) -> int:
 
 
 def _state(cluster: Cluster) -> list[object]:
-    """Return what the swarm is to be: how much of it runs at a moment is another matter."""
+    """Return what the swarm is to be: what runs at a moment, and who leads, is another matter."""
     nodes = [
-        (node["ID"], node["Availability"], node["ManagerStatus"])
+        (node["ID"], node["Availability"], node["ManagerStatus"] != "")
         for node in cluster.lines("node", "ls")
     ]
     services = [
