@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes minutes; run by `make test-operations`")
     config.addinivalue_line("markers", "machines: switches machines off")
     config.addinivalue_line("markers", "managers: needs three managers")
+    config.addinivalue_line("markers", "once: the same on any cluster; the scenario ha has it not")
     config.addinivalue_line("markers", "registry: needs a registry on one of the nodes")
     config.addinivalue_line("markers", "spread: needs several nodes that run agents")
 

@@ -67,6 +67,7 @@ def test_a_pool_shrinks_and_grows_while_jobs_run(whole: Cluster, directory: str,
     assert changes(done(whole, "scale", replicas=before)) == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("wanted", ["0", "many", "1000"])
 def test_a_number_of_replicas_that_cannot_be_is_refused(whole: Cluster, wanted: str) -> None:
     assert "Nothing was changed: " in refused(whole, "scale", replicas=wanted)

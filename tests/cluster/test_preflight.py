@@ -51,6 +51,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_of_one_node_is_said_with_its_name(cluster: Cluster, kind: str) -> None:
     name = cluster.workers[-1]
