@@ -31,7 +31,7 @@ lint: environment ## Check style, types and playbooks; changes nothing
 
 # The files keep their order: those that end every process below them (an agent's tests) come before there is a pool.
 test-quick: lint ## Everything that needs no Docker: lint, units, real processes (15 minutes)
-	cd app && python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	cd app && python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=app python -m pytest -p no:asyncio tests/test_documents_agree.py tests/test_role_plugins.py \
 		tests/test_cluster_preflight.py tests/test_node_verbs.py tests/test_pool_report.py
 
@@ -45,12 +45,13 @@ test-cluster: environment ## Virtual machines: one manager and two workers, then
 	molecule test
 	molecule test --scenario-name ha
 
-test-operations: environment ## The operator's verbs under jobs on the same machines (80 minutes)
+test-operations: environment ## The operator's verbs under jobs on the same machines (90 minutes)
 	tools/cluster-environment
-	for scenario in default ha; do \
-		for step in destroy create prepare converge check verify destroy; do \
-			CLUSTER_TESTS=long molecule $$step --scenario-name $$scenario || exit; \
-		done; \
+	for step in destroy create prepare converge side-effect idempotence check verify destroy; do \
+		CLUSTER_TESTS=long molecule $$step || exit; \
+	done
+	for step in destroy create prepare converge check verify destroy; do \
+		CLUSTER_TESTS=long molecule $$step --scenario-name ha || exit; \
 	done
 
 dev: environment ## Run a pool without Docker: http://127.0.0.1:3000

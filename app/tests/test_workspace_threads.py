@@ -270,7 +270,8 @@ async def test_a_job_under_which_the_file_server_goes_away_goes_on_with_it(
 ) -> None:
     async with (
         stalling_pool(stalling, lease=LEASE) as pool,
-        pool.job("wait 2 seconds") as stream,
+        # Within the stall, and far from its beginning: a busy machine tells of a message late.
+        pool.job("wait 6 seconds") as stream,
     ):
         await stream.until("message")
         with stalling.stalled():
