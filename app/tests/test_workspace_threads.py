@@ -272,8 +272,9 @@ async def test_a_job_under_which_the_file_server_goes_away_goes_on_with_it(
 ) -> None:
     async with (
         stalling_pool(stalling, lease=LEASE) as pool,
-        # Within the stall, and far from its beginning: a busy machine tells of a message late.
-        pool.job("wait 6 seconds") as stream,
+        # The agent comes to its directory within the stall, and far from its beginning: a busy
+        # machine tells of a message late.
+        pool.job("run sleep 6; ls") as stream,
     ):
         await stream.until("message")
         with stalling.stalled():
