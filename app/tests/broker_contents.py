@@ -5,6 +5,7 @@ from typing import Any
 
 from broker_node import BrokerNode
 from bus_ends import job, line
+from nats.js.api import StreamInfo
 from nats.js.errors import NotFoundError
 
 from claude_jobs.broker.users import GATEWAY_USER, REPLICA_USER
@@ -17,20 +18,28 @@ from claude_jobs.bus.topology import EVENTS_STREAM, PRESENCE_BUCKET, Bounds, ens
 BOUNDS = Bounds(event_bytes=2**28, session_bytes=2**28)
 
 
-async def contents(bus: Bus) -> dict[str, list[tuple[int, str, bytes | None]]]:
-    """Return all that a broker holds: sequence number, subject and bytes of every message."""
-    found: dict[str, list[tuple[int, str, bytes | None]]] = {}
+# Sequence number, subject and bytes.
+Message = tuple[int, str, bytes | None]
+
+
+async def contents(bus: Bus) -> dict[str, list[Message]]:
+    """Return all that a broker holds, stream by stream."""
+    found: dict[str, list[Message]] = {}
     for info in await bus.jetstream.streams_info():
         name = str(info.config.name)
-        if name in (f"KV_{PRESENCE_BUCKET}", f"KV_{SERVERS_BUCKET}"):
-            continue
-        every = range(max(info.state.first_seq, 1), info.state.last_seq + 1)
-        read = await asyncio.gather(*(stored(bus, name, sequence) for sequence in every))
-        found[name] = [message for message in read if message]
+        if name not in (f"KV_{PRESENCE_BUCKET}", f"KV_{SERVERS_BUCKET}"):
+            found[name] = await contents_of(bus, info)
     return found
 
 
-async def stored(bus: Bus, stream: str, sequence: int) -> tuple[int, str, bytes | None] | None:
+async def contents_of(bus: Bus, info: StreamInfo) -> list[Message]:
+    """Return all that one stream holds."""
+    every = range(max(info.state.first_seq, 1), info.state.last_seq + 1)
+    read = (stored(bus, str(info.config.name), sequence) for sequence in every)
+    return [message for message in await asyncio.gather(*read) if message]
+
+
+async def stored(bus: Bus, stream: str, sequence: int) -> Message | None:
     try:
         message = await bus.jetstream.get_msg(stream, sequence)
     except NotFoundError:

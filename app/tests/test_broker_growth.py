@@ -9,9 +9,10 @@ from time import monotonic
 
 import httpx
 import pytest
-from broker_contents import BOUNDS, contents, fill
-from broker_node import BrokerNodes
+from broker_contents import BOUNDS, contents, contents_of, fill
+from broker_node import BrokerNode, BrokerNodes
 from bus_ends import line
+from nats.js.api import StreamInfo
 from nats.js.errors import APIError
 from pool_client import EventStream, RunningPool, pool_in
 
@@ -21,6 +22,7 @@ from claude_jobs.bus.events import EventLog
 from claude_jobs.bus.servers import SERVERS_BUCKET
 from claude_jobs.bus.topology import (
     EVENTS_STREAM,
+    EVENTS_SUBJECTS,
     JOBS_CONSUMER,
     JOBS_STREAM,
     PRESENCE_BUCKET,
@@ -99,13 +101,34 @@ async def events(pool: RunningPool, job_id: str) -> list[tuple[int, str]]:
     return [(event.id, event.type) for event in stream.events]
 
 
-async def appears_in(bus: Bus, stream: str) -> None:
-    """Wait until a broker has a stream."""
+async def appears_in(bus: Bus, stream: str, subject: str | None = None) -> StreamInfo:
+    """Wait until a broker has a stream, and it has this subject; returns what the broker says."""
     while True:
         with contextlib.suppress(APIError, TimeoutError):
-            await bus.jetstream.stream_info(stream)
-            return
+            info = await bus.jetstream.stream_info(stream)
+            if subject is None or info.config.subjects == [subject]:
+                return info
         await asyncio.sleep(0.02)
+
+
+def leader_of(nodes: BrokerNodes, info: StreamInfo) -> BrokerNode:
+    """Return the node whose server leads a stream."""
+    assert info.cluster
+    return nodes.leader(info.cluster.leader)
+
+
+async def test_a_stream_that_counts_is_on_every_server(nodes: BrokerNodes) -> None:
+    await nodes.first.start()
+    before = await fill(nodes.first)
+    await nodes.first.stop()
+    await nodes.start()
+    async with nodes.connected() as gateway:
+        counts = await appears_in(gateway, EVENTS_STREAM, EVENTS_SUBJECTS)
+        await leader_of(nodes, counts).kill()
+        # One of the other two leads from then on.
+        now = await appears_in(gateway, EVENTS_STREAM)
+        assert leader_of(nodes, now) != leader_of(nodes, counts)
+        assert await contents_of(gateway, now) == before[EVENTS_STREAM]
 
 
 async def test_jobs_that_wait_run_once_after_a_move_that_was_killed_again_and_again(
@@ -133,11 +156,13 @@ async def test_jobs_that_wait_run_once_after_a_move_that_was_killed_again_and_ag
         await pool.says("0 of the broker's 3 servers have joined")
         await nodes.start_one(nodes.first)
         async with nodes.nodes[1].connected(GATEWAY_USER) as gateway:
-            for stream in (EVENTS_STREAM, "KV_submissions"):
-                await appears_in(gateway, stream)
-                assert nodes.first.join
-                await nodes.first.kill()
-                await nodes.start_one(nodes.first)
+            await appears_in(gateway, EVENTS_STREAM)
+            await nodes.first.kill()
+            await nodes.start_one(nodes.first)
+            await appears_in(gateway, "KV_submissions")
+            for node in nodes.nodes:
+                await node.kill()
+            await nodes.start()
             await nodes.joined()
         await pool.ready()
         for number, (job_id, begin) in enumerate(zip(ids, begins, strict=True)):
@@ -148,7 +173,7 @@ async def test_jobs_that_wait_run_once_after_a_move_that_was_killed_again_and_ag
             assert [kind for _, kind in seen].count("connected") == 1
             assert (pool.workspace / f"ran-{number}").read_text() == "x\n"
         # The same key is the same job, as before.
-        assert await submit(pool, "run echo x >> ran-0", "key-0") == ids[0]
+        assert [await submit(pool, f"run echo x >> ran-{n}", f"key-{n}") for n in range(3)] == ids
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
@@ -180,9 +205,7 @@ async def test_jobs_go_on_within_half_a_minute_when_the_server_that_leads_is_los
             while len(accepted) < 2:
                 await asyncio.sleep(0.1)
             async with nodes.connected() as gateway:
-                info = await gateway.jetstream.stream_info(JOBS_STREAM)
-            assert info.cluster
-            leader = nodes.leader(info.cluster.leader)
+                leader = leader_of(nodes, await gateway.jetstream.stream_info(JOBS_STREAM))
             assert leader.server
             leader.server.send_signal(blow)
             lost = monotonic()

@@ -29,10 +29,11 @@ from nats.js.api import StreamInfo
 from nats.js.errors import NotFoundError
 
 from claude_jobs.broker.configuration import server_name
+from claude_jobs.broker.holdings import on_every_server
 from claude_jobs.broker.lone_server import lone_server
 from claude_jobs.broker.stores import STORE_NAME, streams_in
 from claude_jobs.broker.succession import succeed
-from claude_jobs.broker.users import BROKER_USER, broker_password
+from claude_jobs.broker.users import BROKER_USER, SYSTEM_USER, broker_password, system_password
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.servers import Arrival, BrokerServers
 from claude_jobs.bus.snapshot import SnapshotError, ask, restore_snapshot, take_snapshot
@@ -47,7 +48,10 @@ _LEFT_OUT = "left-out-of-cluster"
 # How a stream is described that has come, until a gateway describes it as one of its own.
 _CARRIED = "carried over from a lone server"
 _RETRY = 1.0
-_POLL = 0.25
+# Seconds after which no server tries any longer to restore what was removed. One that was started
+# anew takes up a restoring that was interrupted, once it is elected (9 s), gets nothing, gives up
+# (5 s), and removes the stream of that name: a new one, too.
+_GIVEN_UP = 16.0
 # Replicas say every few seconds that they are there: nothing of it is worth carrying over.
 _NOT_CARRIED = {f"KV_{PRESENCE_BUCKET}"}
 
@@ -89,7 +93,7 @@ async def _join(settings: BrokerSettings) -> None:
                 await servers.arrive(Arrival(name, await _newest(lone) if lone else None))
                 brought = await _is_chosen(servers, settings)
                 if lone and brought:
-                    brought = await _carry_over(lone, cluster, settings.broker_servers)
+                    brought = await _carry_over(lone, cluster, settings)
             await servers.join(name, brought=brought)
     _put_away(settings, brought=brought)
     log.info("the server has joined its broker", extra={"server": name})
@@ -125,32 +129,41 @@ async def _carried(lone: Bus) -> list[str]:
     return sorted(held - _NOT_CARRIED, key=lambda stream: (stream == JOBS_STREAM, stream))
 
 
-async def _carry_over(lone: Bus, cluster: Bus, copies: int) -> bool:
+async def _carry_over(lone: Bus, cluster: Bus, settings: BrokerSettings) -> bool:
     """Carry every stream over; tell whether the broker has them all now."""
     complete = True
-    for stream in await _carried(lone):
-        there = await _what_is_there(cluster, stream)
-        if there is _There.OTHER:
-            log.error(
-                "a stream was made and used before the one of the lone server came: "
-                "the old one is left out",
-                extra={"stream": stream},
-            )
-            complete = False
-        if there is not _There.NOTHING:
-            continue
-        async with take_snapshot(lone, stream) as snapshot:
-            own = {**snapshot.config, "num_replicas": copies, "description": _CARRIED}
-            # Without a bound no room is set aside: while it comes, that would be twice as much.
-            apart = {**own, "subjects": [_subject_apart(stream)], "max_bytes": -1}
-            state = await restore_snapshot(cluster, replace(snapshot, config=apart))
-        await _on_every_server(cluster, stream, copies)
-        await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", own)
-        log.info(
-            "carried a stream over",
-            extra={"stream": stream, "messages": state["messages"], "last": state["last_seq"]},
-        )
+    async with connect(
+        f"nats://127.0.0.1:{settings.broker_port}",
+        user=SYSTEM_USER,
+        password=system_password(settings),
+        name="broker-join",
+    ) as system:
+        for stream in await _carried(lone):
+            there = await _what_is_there(cluster, stream)
+            if there is _There.OTHER:
+                log.error(
+                    "a stream was made and used before the one of the lone server came: "
+                    "the old one is left out",
+                    extra={"stream": stream},
+                )
+                complete = False
+            if there is _There.NOTHING:
+                await _carry(stream, lone, cluster, system, settings.broker_servers)
     return complete
+
+
+async def _carry(stream: str, lone: Bus, cluster: Bus, system: Bus, copies: int) -> None:
+    async with take_snapshot(lone, stream) as snapshot:
+        own = {**snapshot.config, "num_replicas": copies, "description": _CARRIED}
+        # Without a bound no room is set aside: while it comes, that would be twice as much.
+        apart = {**own, "subjects": [_subject_apart(stream)], "max_bytes": -1}
+        state = await restore_snapshot(cluster, replace(snapshot, config=apart))
+    await on_every_server(system, stream, state["last_seq"], copies)
+    await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", own)
+    log.info(
+        "carried a stream over",
+        extra={"stream": stream, "messages": state["messages"], "last": state["last_seq"]},
+    )
 
 
 class _There(Enum):
@@ -166,19 +179,36 @@ async def _what_is_there(cluster: Bus, stream: str) -> _There:
     try:
         info = await cluster.jetstream.stream_info(stream)
     except NotFoundError:
+        # It may be coming nevertheless.
+        await _remove_half(cluster, stream)
         return _There.NOTHING
-    if info.config.subjects != [_subject_apart(stream)]:
-        if info.config.description == _CARRIED:
-            return _There.CARRIED
-        if info.state.last_seq:
-            return _There.OTHER
-        # A gateway made it that knew of one server only. From here on nobody can use it.
-        await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", _apart(info))
-        if (await cluster.jetstream.stream_info(stream)).state.last_seq:
-            await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", info.config.as_dict())
-            return _There.OTHER
+    if info.config.subjects == [_subject_apart(stream)]:
+        await _remove_half(cluster, stream)
+        return _There.NOTHING
+    if info.config.description == _CARRIED:
+        return _There.CARRIED
+    if info.state.last_seq:
+        return _There.OTHER
+    # A gateway made it that knew of one server only. From here on nobody can use it.
+    await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", _apart(info))
+    if (await cluster.jetstream.stream_info(stream)).state.last_seq:
+        await ask(cluster, f"$JS.API.STREAM.UPDATE.{stream}", info.config.as_dict())
+        return _There.OTHER
     await cluster.jetstream.delete_stream(stream)
     return _There.NOTHING
+
+
+async def _remove_half(cluster: Bus, stream: str) -> None:
+    """Remove a stream in whose coming a server was ended, if there is one."""
+    try:
+        await cluster.jetstream.delete_stream(stream)
+    except NotFoundError:
+        return
+    except TimeoutError:
+        log.info("perhaps removed half a stream", extra={"stream": stream})
+    else:
+        log.info("removed half a stream", extra={"stream": stream})
+    await asyncio.sleep(_GIVEN_UP)
 
 
 def _apart(info: StreamInfo) -> dict[str, Any]:
@@ -188,17 +218,6 @@ def _apart(info: StreamInfo) -> dict[str, Any]:
 def _subject_apart(stream: str) -> str:
     """Return a subject on which nobody publishes, and that nobody but the broker could."""
     return f"carried-over.{stream}"
-
-
-async def _on_every_server(cluster: Bus, stream: str, copies: int) -> None:
-    while True:
-        group = (await cluster.jetstream.stream_info(stream)).cluster
-        others = (group.replicas if group else None) or []
-        if len(others) == copies - 1 and all(
-            each.current and not each.offline and not each.lag for each in others
-        ):
-            return
-        await asyncio.sleep(_POLL)
 
 
 @asynccontextmanager
