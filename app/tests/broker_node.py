@@ -16,7 +16,7 @@ from claude_jobs.broker.users import BROKER_USER, GATEWAY_USER, REPLICA_USER, br
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.development import free_port
 from claude_jobs.secret_files import make_secret_files
-from claude_jobs.settings import BrokerSettings, load
+from claude_jobs.settings import BrokerSettings, GatewaySettings, load
 
 # What the development's pool gives its broker, too.
 ROOM = {"EVENT_BYTES": str(2**28), "SESSION_BYTES": str(2**28)}
@@ -171,6 +171,15 @@ class BrokerNodes:
 
     def connected(self, user: str = GATEWAY_USER) -> AbstractAsyncContextManager[Bus]:
         return connect(self.urls, user=user, password=self.first.password(user), name="test")
+
+    def gateway_settings(self, servers: int = 3) -> GatewaySettings:
+        """What a gateway of these servers has."""
+        return GatewaySettings(
+            _secrets_dir=self.first.secrets,
+            allow_anonymous=True,
+            broker_url=self.urls if servers > 1 else self.first.url,
+            broker_servers=servers,
+        )
 
     def leader(self, name: str | None) -> BrokerNode:
         """Return the node whose server has this name."""

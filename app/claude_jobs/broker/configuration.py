@@ -16,6 +16,8 @@ from claude_jobs.bus.topology import JOBS_BYTES
 from claude_jobs.settings import BrokerSettings
 
 CLUSTER_NAME = "claude-jobs"
+# The name of a server that is the only one.
+LONE_SERVER = "nats"
 # The largest message. A line of Claude Code is one message; tool results can be several MB.
 MAX_PAYLOAD_BYTES = 8 * 2**20
 # Room for the buckets, which have no bound of their own but the age of what is in them.
@@ -68,7 +70,7 @@ def server_name(settings: BrokerSettings) -> str:
     taken in again for minutes.
     """
     if settings.broker_servers == 1:
-        return "nats"
+        return LONE_SERVER
     times = times_replaced(settings)
     return f"nats-{settings.node_name}" + (f"_{times + 1}" if times else "")
 

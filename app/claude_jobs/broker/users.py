@@ -24,7 +24,7 @@ from claude_jobs.bus.topology import (
     SESSIONS_STREAM,
     SESSIONS_SUBJECTS,
 )
-from claude_jobs.settings import BrokerSettings, Passwords
+from claude_jobs.settings import BrokerSettings, GatewaySettings, Passwords
 
 GATEWAY_USER = "gateway"
 REPLICA_USER = "replica"
@@ -111,7 +111,7 @@ def system_users(settings: BrokerSettings) -> list[dict[str, Any]]:
     return [{"user": login(SYSTEM_USER, password), "password": password}]
 
 
-def system_password(settings: BrokerSettings) -> str:
+def system_password(settings: BrokerSettings | GatewaySettings) -> str:
     """Return the password of the user that manages the servers."""
     return _derived(settings.broker_gateway_password, "user system")
 

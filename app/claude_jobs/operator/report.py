@@ -8,7 +8,9 @@ import sys
 
 from nats.js.api import StreamInfo
 
-from claude_jobs.broker import GATEWAY_USER
+from claude_jobs.broker.configuration import LONE_SERVER
+from claude_jobs.broker.holdings import holders
+from claude_jobs.broker.users import GATEWAY_USER, SYSTEM_USER, system_password
 from claude_jobs.bus.connection import connect
 from claude_jobs.bus.presence import Presence
 from claude_jobs.bus.queue import JobQueue
@@ -59,28 +61,47 @@ async def report(settings: GatewaySettings) -> PoolReport:
     ):
         replicas = await (await Presence.open(bus)).list()
         unfinished = await JobQueue(bus).unfinished()
-        streams = await bus.jetstream.streams_info()
+        infos = await bus.jetstream.streams_info()
+        streams = await _streams(settings, infos)
     return PoolReport(
         replicas=replicas,
         waiting=len(waiting_jobs(unfinished, replicas)),
         unfinished=len(unfinished),
         queue_limit=settings.queue_limit,
         demo=settings.demo_mode,
-        streams=sorted(map(_stream, streams), key=lambda stream: stream.name),
+        streams=sorted(streams, key=lambda stream: stream.name),
     )
 
 
-def _stream(info: StreamInfo) -> StreamReport:
+async def _streams(settings: GatewaySettings, infos: list[StreamInfo]) -> list[StreamReport]:
+    servers = settings.broker_servers
+    if servers == 1:
+        return [_stream(info, {LONE_SERVER}) for info in infos]
+    async with connect(
+        settings.broker_url,
+        user=SYSTEM_USER,
+        password=system_password(settings),
+        name="report",
+    ) as system:
+        last = {str(info.config.name): info.state.last_seq for info in infos}
+        held = await holders(system, last, servers)
+    return [_stream(info, held[str(info.config.name)]) for info in infos]
+
+
+def _stream(info: StreamInfo, holding: set[str]) -> StreamReport:
     group = info.cluster
+    # A lone server leads, and does not say so.
+    leader = (group.leader if group else LONE_SERVER) or None
     others = (group.replicas if group else None) or []
+    up_to_date = {each.name for each in others if each.current and not each.offline} | {leader}
+    members = {leader, *(each.name for each in others)} - {None}
     return StreamReport(
         name=str(info.config.name),
         messages=info.state.messages,
         bytes=info.state.bytes,
         copies=1 + len(others),
-        # A lone server leads, and does not say so.
-        leader=(group.leader if group else "nats") or None,
-        behind=[each.name for each in others if each.offline or not each.current],
+        leader=leader,
+        behind=sorted(str(name) for name in members - (holding & up_to_date)),
     )
 
 
