@@ -236,6 +236,11 @@ class BrokerSettings(ProcessSettings):
     event_bytes: EventBytes = 4 * 2**30
     session_bytes: SessionBytes = 2 * 2**30
 
+    @property
+    def own_url(self) -> str:
+        """Where this server itself is found, from beside it."""
+        return f"nats://127.0.0.1:{self.broker_port}"
+
 
 class BrokerJoinSettings(BrokerSettings):
     """The settings of what runs beside a server of the broker: the server's own."""

@@ -10,8 +10,10 @@ from broker_node import BrokerNodes
 from nats.js.errors import APIError
 
 from claude_jobs.broker.users import GATEWAY_USER
+from claude_jobs.bus.connection import connect
 from claude_jobs.bus.topology import ensure_topology
 from claude_jobs.operator.report import report
+from claude_jobs.settings import Passwords
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
@@ -43,3 +45,20 @@ async def test_a_server_that_is_gone_is_named_at_once(nodes: BrokerNodes) -> Non
                 seen = await report(settings)
                 break
     assert {(each.copies, *each.behind) for each in seen.streams} == {(3, "nats-node-1")}
+
+
+async def test_a_gateway_of_before_a_rotation_still_learns_what_the_servers_hold(
+    nodes: BrokerNodes,
+) -> None:
+    secret = nodes.first.secrets / "broker_gateway_password"
+    before = secret.read_text()
+    secret.write_text(f"of-after-the-rotation\n{before}")
+    await nodes.start()
+    await nodes.joined()
+    async with connect(nodes.urls, user=GATEWAY_USER, password=before, name="test") as gateway:
+        await ensure_topology(gateway, replace(BOUNDS, copies=3))
+    settings = nodes.gateway_settings().model_copy(
+        update={"broker_gateway_password": Passwords.parse(before)}
+    )
+    seen = await report(settings)
+    assert {(each.copies, *each.behind) for each in seen.streams} == {(3,)}

@@ -33,7 +33,7 @@ from claude_jobs.broker.holdings import on_every_server
 from claude_jobs.broker.lone_server import lone_server
 from claude_jobs.broker.stores import STORE_NAME, streams_in
 from claude_jobs.broker.succession import succeed
-from claude_jobs.broker.users import BROKER_USER, SYSTEM_USER, broker_password, system_password
+from claude_jobs.broker.users import BROKER_USER, broker_password, connect_as_system
 from claude_jobs.bus.connection import Bus, connect
 from claude_jobs.bus.servers import Arrival, BrokerServers
 from claude_jobs.bus.snapshot import SnapshotError, ask, restore_snapshot, take_snapshot
@@ -79,7 +79,7 @@ async def join(settings: BrokerSettings) -> None:
 async def _join(settings: BrokerSettings) -> None:
     _remove(settings.broker_data_dir / _MOVED)
     async with connect(
-        f"nats://127.0.0.1:{settings.broker_port}",
+        settings.own_url,
         user=BROKER_USER,
         password=broker_password(settings),
         name="broker-join",
@@ -132,12 +132,7 @@ async def _carried(lone: Bus) -> list[str]:
 async def _carry_over(lone: Bus, cluster: Bus, settings: BrokerSettings) -> bool:
     """Carry every stream over; tell whether the broker has them all now."""
     complete = True
-    async with connect(
-        f"nats://127.0.0.1:{settings.broker_port}",
-        user=SYSTEM_USER,
-        password=system_password(settings),
-        name="broker-join",
-    ) as system:
+    async with connect_as_system(settings.own_url, settings, name="broker-join") as system:
         for stream in await _carried(lone):
             there = await _what_is_there(cluster, stream)
             if there is _There.OTHER:
@@ -179,7 +174,7 @@ async def _what_is_there(cluster: Bus, stream: str) -> _There:
     try:
         info = await cluster.jetstream.stream_info(stream)
     except NotFoundError:
-        # It may be coming nevertheless.
+        # One in whose coming a server was ended is not told of, and would be in the way.
         await _remove_half(cluster, stream)
         return _There.NOTHING
     if info.config.subjects == [_subject_apart(stream)]:

@@ -22,8 +22,8 @@ import nats.errors
 from nats.js.errors import APIError
 
 from claude_jobs.broker.configuration import server_name
-from claude_jobs.broker.users import SYSTEM_USER, system_password
-from claude_jobs.bus.connection import Bus, connect
+from claude_jobs.broker.users import connect_as_system
+from claude_jobs.bus.connection import Bus
 from claude_jobs.bus.snapshot import ask
 from claude_jobs.settings import BrokerSettings
 
@@ -73,12 +73,7 @@ async def was_replaced(settings: BrokerSettings) -> bool:
     try:
         async with (
             asyncio.timeout(_ASKING),
-            connect(
-                settings.broker_url,
-                user=SYSTEM_USER,
-                password=system_password(settings),
-                name="broker-start",
-            ) as bus,
+            connect_as_system(settings.broker_url, settings, name="broker-start") as bus,
         ):
             while True:
                 with contextlib.suppress(nats.errors.Error, APIError, TimeoutError):
@@ -90,12 +85,7 @@ async def was_replaced(settings: BrokerSettings) -> bool:
 
 async def succeed(settings: BrokerSettings) -> None:
     """Wait until the broker counts on no more servers than it is to have; sees to that."""
-    async with connect(
-        f"nats://127.0.0.1:{settings.broker_port}",
-        user=SYSTEM_USER,
-        password=system_password(settings),
-        name="broker-succession",
-    ) as bus:
+    async with connect_as_system(settings.own_url, settings, name="broker-succession") as bus:
         own = server_name(settings)
         since: float | None = None
         clock = asyncio.get_running_loop().time

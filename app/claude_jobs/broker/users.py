@@ -7,9 +7,10 @@ by the broker itself, and by nobody else.
 
 import hashlib
 import hmac
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from claude_jobs.bus.connection import login
+from claude_jobs.bus.connection import Bus, connect, login
 from claude_jobs.bus.servers import SERVERS_BUCKET
 from claude_jobs.bus.topology import (
     CANCELLATIONS_BUCKET,
@@ -24,7 +25,7 @@ from claude_jobs.bus.topology import (
     SESSIONS_STREAM,
     SESSIONS_SUBJECTS,
 )
-from claude_jobs.settings import BrokerSettings, GatewaySettings, Passwords
+from claude_jobs.settings import BrokerSettings, GatewaySettings
 
 GATEWAY_USER = "gateway"
 REPLICA_USER = "replica"
@@ -106,27 +107,34 @@ def users(settings: BrokerSettings) -> list[dict[str, Any]]:
 
 
 def system_users(settings: BrokerSettings) -> list[dict[str, Any]]:
-    """Return the user of the account that manages the servers."""
-    password = system_password(settings)
-    return [{"user": login(SYSTEM_USER, password), "password": password}]
+    """Return the user of the account that manages the servers; two while its password changes."""
+    passwords = map(_system_password, settings.broker_gateway_password.accepted)
+    return [{"user": login(SYSTEM_USER, each), "password": each} for each in passwords]
 
 
-def system_password(settings: BrokerSettings | GatewaySettings) -> str:
-    """Return the password of the user that manages the servers."""
-    return _derived(settings.broker_gateway_password, "user system")
+def connect_as_system(
+    url: str, settings: BrokerSettings | GatewaySettings, *, name: str
+) -> AbstractAsyncContextManager[Bus]:
+    """Connect as the user that manages the servers; see `connect`."""
+    password = _system_password(settings.broker_gateway_password.current)
+    return connect(url, user=SYSTEM_USER, password=password, name=name)
+
+
+def _system_password(gateway_password: str) -> str:
+    return _derived(gateway_password, "user system")
 
 
 def broker_password(settings: BrokerSettings) -> str:
     """Return the password of the broker's own user, which only who has the secrets can tell."""
-    return _derived(settings.broker_gateway_password, "user broker")
+    return _derived(settings.broker_gateway_password.current, "user broker")
 
 
 def route_password(settings: BrokerSettings) -> str:
     """Return the password with which one server comes in to another."""
-    return _derived(settings.broker_gateway_password, "route")
+    return _derived(settings.broker_gateway_password.current, "route")
 
 
-def _derived(passwords: Passwords, purpose: str) -> str:
+def _derived(password: str, purpose: str) -> str:
     """Make a password out of another, for one purpose: from it nobody learns the other."""
-    key = passwords.current.encode()
-    return hmac.new(key, f"claude-jobs {purpose}".encode(), hashlib.sha256).hexdigest()
+    made_for = f"claude-jobs {purpose}".encode()
+    return hmac.new(password.encode(), made_for, hashlib.sha256).hexdigest()

@@ -56,7 +56,7 @@ async def back_up(settings: BrokerSettings, output: IO[bytes]) -> dict[str, Kept
     Raises `TimeoutError` when it is not there, and `SnapshotError` or `nats.errors.Error` when it
     goes away meanwhile.
     """
-    url = f"nats://127.0.0.1:{settings.broker_port}"
+    url = settings.own_url
     kept: dict[str, Kept] = {}
     async with AsyncExitStack() as stack:
         async with asyncio.timeout(_PATIENCE):

@@ -10,7 +10,7 @@ from nats.js.api import StreamInfo
 
 from claude_jobs.broker.configuration import LONE_SERVER
 from claude_jobs.broker.holdings import holders
-from claude_jobs.broker.users import GATEWAY_USER, SYSTEM_USER, system_password
+from claude_jobs.broker.users import GATEWAY_USER, connect_as_system
 from claude_jobs.bus.connection import connect
 from claude_jobs.bus.presence import Presence
 from claude_jobs.bus.queue import JobQueue
@@ -77,12 +77,7 @@ async def _streams(settings: GatewaySettings, infos: list[StreamInfo]) -> list[S
     servers = settings.broker_servers
     if servers == 1:
         return [_stream(info, {LONE_SERVER}) for info in infos]
-    async with connect(
-        settings.broker_url,
-        user=SYSTEM_USER,
-        password=system_password(settings),
-        name="report",
-    ) as system:
+    async with connect_as_system(settings.broker_url, settings, name="report") as system:
         last = {str(info.config.name): info.state.last_seq for info in infos}
         held = await holders(system, last, servers)
     return [_stream(info, held[str(info.config.name)]) for info in infos]
